@@ -1,0 +1,1 @@
+"""drydock: reproducible environments for LLM reinforcement-learning stacks."""

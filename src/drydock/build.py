@@ -1,0 +1,437 @@
+"""Assembles an image: every layer from the store's artifacts or its cache, then manifest and config."""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import io
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from drydock.base import add_base_files, add_dpkg_database, base_environment, python_version, stdlib_sources
+from drydock.bytecode import Compiler, Toolchain, builder_architecture, compiled, pyc_path, toolchain, unpack_toolchain
+from drydock.debs import add_deb, open_deb
+from drydock.definition import Image
+from drydock.errors import DrydockError
+from drydock.layer import LayerWriter, Row, open_layer
+from drydock.locks import (
+    Artifact,
+    DebianLock,
+    PyLock,
+    check_debian_lock,
+    check_pylock,
+    read_debian_lock,
+    read_pylock,
+    sha256_json,
+)
+from drydock.oci import Built, Layer, write_image
+from drydock.plan import Spec, assembler_hash, plan_layers
+from drydock.progress import Progress
+from drydock.sdist import ensure_built
+from drydock.store import Store, sha256_file
+from drydock.wheels import PREFIX, Installed, add_wheel, site_packages
+
+SHARE = "usr/share/drydock"
+"""Where an image carries what it was made of."""
+
+
+class Inputs:
+    """Everything a build reads besides artifacts, checked once."""
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        self.lock: PyLock = read_pylock(image)
+        self.base: DebianLock = read_debian_lock(image.root, image.base, image.definition.architecture)
+        builder = builder_architecture()
+        self.builder = (
+            self.base
+            if builder == image.definition.architecture
+            else read_debian_lock(image.root, image.base, builder)
+        )
+        problems = check_pylock(image, self.lock) + check_debian_lock(image.base, self.base)
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise DrydockError(f"the lock of {image.name} is wrong: {problems[0]}{more}: run `drydock lock {image.name}`")
+        self.tools: Toolchain = toolchain(image.definition.python, self.base, self.builder)
+
+    def artifacts(self) -> list[Artifact]:
+        """Every file to fetch for a build from nothing."""
+        found = {artifact.sha256: artifact for artifact in (*self.base.artifacts(), *self.tools.debs)}
+        found |= {artifact.sha256: artifact for artifact in self.lock.artifacts()}
+        return list(found.values())
+
+
+def build(
+    image: Image, store: Store, get: Callable[[list[Artifact]], object], jobs: int | None = None
+) -> tuple[Built, float]:
+    """Build an image into the store.
+
+    Parameters:
+        get: called with the artifacts that the layers to be made need; fetches those the store lacks.
+        jobs: layers made at a time; the number of processors by default.
+
+    Returns:
+        The image, and the seconds it took.
+
+    Raises:
+        DrydockError: a lock is missing, wrong or out of date, an artifact cannot be had, the disk is full.
+    """
+    began = time.monotonic()
+    inputs = Inputs(image)
+    store.sweep()
+    specs = plan_layers(image, inputs.lock, inputs.base, inputs.tools)
+    records = {spec.key: _found(store, spec) for spec in specs}
+    missing = [spec for spec in specs if records[spec.key] is None]
+    if missing:
+        _have_artifacts(store, inputs, missing, get)
+        records |= _make_all(store, image, missing, jobs or os.cpu_count() or 1)
+    made = {spec.key for spec in missing}
+    manifest = _manifest_spec(image, specs)
+    record = _found(store, manifest)
+    if record is None:
+        record = _make_manifest(store, inputs, manifest, [records[spec.key] for spec in specs])
+        made.add(manifest.key)
+    specs.append(manifest)
+    records[manifest.key] = record
+    layers = tuple(_layer(spec, records[spec.key] or {}, spec.key in made) for spec in specs)
+    environment = base_environment(image.engine.environment)
+    built = write_image(store, image, layers, _labels(inputs), environment)
+    return built, time.monotonic() - began
+
+
+def _found(store: Store, spec: Spec) -> dict[str, Any] | None:
+    record = store.read_record("layers", spec.key)
+    if record and store.has(record["digest"], record["size"]) and store.has(record["facts"]):
+        return record
+    return None
+
+
+def _layer(spec: Spec, record: Mapping[str, Any], made: bool) -> Layer:
+    return Layer(
+        digest=record["digest"],
+        size=record["size"],
+        diff_id=record["diff-id"],
+        unpacked=record["unpacked"],
+        title=spec.title,
+        contents=tuple(f"{artifact.name} {artifact.version}" for artifact in spec.artifacts if spec.kind != "base"),
+        key=spec.key,
+        made=made,
+    )
+
+
+def _have_artifacts(store: Store, inputs: Inputs, missing: list[Spec], get: Callable[[list[Artifact]], object]) -> None:
+    """Fetch what the missing layers are made of, and build the wheels that nobody published."""
+    packages = {package.name: package for package in inputs.lock.packages}
+    wanted: dict[str, Artifact] = {}
+    build_first = []
+    for spec in missing:
+        for artifact in spec.artifacts:
+            package = packages.get(artifact.name) if spec.kind == "wheels" else None
+            if package is None or package.built_from is None:
+                wanted[artifact.sha256] = artifact
+            elif not store.has(artifact.sha256, artifact.size):
+                build_first.append(package)
+                source = package.built_from.sdist.artifact("sdist", package.name, package.version)
+                for needed in (source, *(tool.artifact for tool in package.built_from.build_requires)):
+                    wanted[needed.sha256] = needed
+    if any(spec.kind in ("wheels", "stdlib") for spec in missing):
+        wanted |= {artifact.sha256: artifact for artifact in inputs.tools.debs}
+    get(list(wanted.values()))
+    for package in build_first:
+        ensure_built(store, package)
+
+
+class _Worker:
+    """What one worker process keeps between layers."""
+
+    def __init__(self, store: Path, root: Path, name: str, told: Any) -> None:
+        self.store = Store(store)
+        self.image = Image.named(root, name)
+        self.inputs = Inputs(self.image)
+        self.told = told
+        self._compiler: Compiler | None = None
+
+    @property
+    def compiler(self) -> Compiler:
+        if self._compiler is None:
+            folder = unpack_toolchain(self.store, self.inputs.tools)
+            self._compiler = Compiler(folder, self.inputs.tools.series)
+        return self._compiler
+
+
+_worker: _Worker | None = None
+
+
+def _start_worker(store: Path, root: Path, name: str, told: Any) -> None:
+    global _worker
+    # A builder that is killed must not leave workers behind that go on writing.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker = _Worker(store, root, name, told)
+
+
+def _make(spec: Spec) -> dict[str, Any]:
+    """Make one layer in a worker process, unless another build made it meanwhile."""
+    assert _worker
+    worker = _worker
+    with worker.store.lock(f"layer-{spec.key[:16]}"):
+        found = _found(worker.store, spec)
+        if found:
+            return found
+        worker.told.put(("start", spec.title, 0))
+        installed: list[Installed] = []
+        with open_layer(worker.store) as (layer, written):
+            for artifact in spec.artifacts:
+                if spec.kind == "debs":
+                    with open_deb(worker.store, artifact) as deb:
+                        add_deb(layer, deb, artifact.name)
+                elif spec.kind == "wheels":
+                    installed.append(add_wheel(layer, worker.store, artifact, worker.compiler, worker.inputs.tools))
+                elif spec.kind == "stdlib":
+                    _add_stdlib(layer, worker, artifact)
+                worker.told.put(("advance", spec.title, artifact.size))
+            if spec.kind == "base":
+                add_base_files(layer, worker.store, worker.image, worker.inputs.base)
+                add_dpkg_database(layer, worker.store, worker.inputs.base)
+        # Rows of wheels are in their RECORDs; the manifest needs those of everything else.
+        rows = written.rows if spec.kind != "wheels" else []
+        record = {
+            "digest": written.digest,
+            "size": written.size,
+            "diff-id": written.diff_id,
+            "unpacked": written.unpacked,
+            "facts": _put_facts(worker.store, rows, installed),
+        }
+        worker.store.write_record("layers", spec.key, record)
+        worker.told.put(("done", spec.title, 0))
+        return record
+
+
+def _put_facts(store: Store, rows: list[Row], installed: list[Installed]) -> str:
+    facts = {"rows": [list(row) for row in rows], "distributions": [asdict(entry) for entry in installed]}
+    return store.put(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogateescape"))
+
+
+def _add_stdlib(layer: LayerWriter, worker: _Worker, artifact: Artifact) -> None:
+    """Bytecode of the library's sources in one deb; the sources are in the deb's own layer."""
+    series = worker.inputs.tools.series
+    layer.owner = "drydock"
+    with open_deb(worker.store, artifact) as deb:
+        data = worker.store.tmp / f"data-{artifact.sha256[:16]}-{os.getpid()}.tar"
+        try:
+            # The compiler's Python reads a tar; a deb wraps one in an ar archive.
+            with data.open("wb") as file:
+                sources = stdlib_sources(_copy_tar(deb, file), series)
+            output = worker.store.tmp / f"pyc-{artifact.sha256[:16]}-{os.getpid()}.zip"
+            try:
+                worker.compiler.compile(data, sources, output)
+                with zipfile.ZipFile(output) as archive:
+                    for path in sorted(archive.namelist()):
+                        layer.file(pyc_path(path, series), archive.read(path))
+            finally:
+                output.unlink(missing_ok=True)
+        finally:
+            data.unlink(missing_ok=True)
+
+
+def _copy_tar(deb: Any, file: Any) -> list[str]:
+    names = []
+    with deb.data.tgz() as source, tarfile.open(fileobj=file, mode="w") as target:
+        for member in source:
+            if member.isreg():
+                # python-debian's names are objects of its own, without a hash.
+                plain = tarfile.TarInfo(str(member.name))
+                plain.size = member.size
+                names.append(plain.name)
+                target.addfile(plain, source.extractfile(member))
+    return names
+
+
+def _make_all(store: Store, image: Image, specs: list[Spec], jobs: int) -> dict[str, dict[str, Any]]:
+    """Make layers in parallel, the largest first."""
+    context = multiprocessing.get_context("spawn")
+    told = context.SimpleQueue()
+    records: dict[str, dict[str, Any]] = {}
+    with Progress(f"build {image.name}", sum(spec.weight for spec in specs)) as progress:
+        listener = threading.Thread(target=_listen, args=(told, progress), daemon=True)
+        listener.start()
+        pool = ProcessPoolExecutor(
+            min(jobs, len(specs)), context, _start_worker, (store.root, image.root, image.name, told)
+        )
+        try:
+            futures: dict[Future[dict[str, Any]], Spec] = {}
+            for spec in sorted(specs, key=lambda spec: -spec.weight):
+                futures[pool.submit(_make, spec)] = spec
+            waiting = set(futures)
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    records[futures[future].key] = future.result()
+        except BrokenProcessPool as error:
+            raise DrydockError(
+                "a build worker was killed (out of memory?): what is complete is kept, run the build again"
+            ) from error
+        except BaseException:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            told.put(None)
+            listener.join()
+    return records
+
+
+def _listen(told: Any, progress: Progress) -> None:
+    while (message := told.get()) is not None:
+        what, title, amount = message
+        if what == "start":
+            progress.start(title)
+        elif what == "done":
+            progress.done(title)
+        else:
+            progress.advance(amount)
+
+
+def _carried(image: Image) -> dict[str, Path]:
+    """The files an image carries as they are: what it was made of."""
+    return {
+        "image.toml": image.definition_path,
+        "debian-request.toml": image.root / "images" / f"debian-{image.base.release}.toml",
+        "pylock.toml": image.pylock_path,
+        "debian.toml": image.debian_lock_path,
+    }
+
+
+def _manifest_spec(image: Image, specs: list[Spec]) -> Spec:
+    files = {name: sha256_file(path) for name, path in _carried(image).items()}
+    return Spec(
+        kind="manifest",
+        title=f"manifest of {image.name}",
+        artifacts=(),
+        key=sha256_json([assembler_hash(), image.name, files, [spec.key for spec in specs]]),
+    )
+
+
+def _make_manifest(
+    store: Store, inputs: Inputs, spec: Spec, records: list[dict[str, Any] | None]
+) -> dict[str, Any]:
+    """The last layer: the locks, the definition, and what verification compares the image with."""
+    rows: dict[str, Row] = {}
+    distributions: list[Installed] = []
+    for record in records:
+        assert record
+        facts = json.loads(store.path(record["facts"]).read_bytes())
+        # A path that two layers hold is the later one's, as it is when they are unpacked.
+        rows |= {row[0]: Row(*row) for row in facts["rows"]}
+        distributions += [Installed(**entry) for entry in facts["distributions"]]
+    with open_layer(store) as (layer, written):
+        for name, path in _carried(inputs.image).items():
+            layer.file(f"{SHARE}/{name}", path.read_bytes())
+        rows |= {row.path: row for row in layer.rows}
+        base_record = _csv(list(rows.values()))
+        digest, _ = layer.file(f"{SHARE}/base.RECORD", base_record)
+        document = manifest(inputs, distributions, digest.hex())
+        layer.file(f"{SHARE}/manifest.json", json.dumps(document, indent=1, sort_keys=True).encode() + b"\n")
+    made = {
+        "digest": written.digest,
+        "size": written.size,
+        "diff-id": written.diff_id,
+        "unpacked": written.unpacked,
+        "facts": _put_facts(store, [], []),
+    }
+    store.write_record("layers", spec.key, made)
+    return made
+
+
+def _csv(rows: list[Row]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(sorted(rows))
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def manifest(inputs: Inputs, distributions: list[Installed], base_record: str) -> dict[str, Any]:
+    """What `drydock verify` in the image compares the image with."""
+    image, engine = inputs.image, inputs.image.engine
+    definition = image.definition
+    return {
+        "schema": 1,
+        "image": image.name,
+        "architecture": definition.architecture,
+        "machine": image.machine,
+        "python": python_version(definition.python, inputs.base),
+        "prefix": f"/{PREFIX}",
+        "site-packages": f"/{site_packages(definition.python)}",
+        "distributions": [
+            {"name": entry.name, "version": entry.version, "dist-info": entry.dist_info, "record": entry.record}
+            for entry in sorted(distributions, key=lambda entry: entry.name)
+        ],
+        "debs": [
+            {"name": package.name, "version": package.version, "architecture": package.architecture}
+            for package in inputs.base.packages
+        ],
+        "base-record": base_record,
+        "accelerator": {
+            "kind": definition.accelerator.kind,
+            "minimum-driver": definition.accelerator.minimum_driver,
+            "sm": list(definition.accelerator.sm),
+        },
+        "driver-libraries": list(definition.driver_libraries),
+        "absent-libraries": dict(engine.absent_libraries),
+        "foreign-objects": dict(engine.foreign_objects),
+        "environment": base_environment(engine.environment),
+    }
+
+
+def _labels(inputs: Inputs) -> dict[str, str]:
+    image = inputs.image
+    versions = {package.name: package.version for package in inputs.lock.packages}
+    labels = {
+        "org.opencontainers.image.description": image.definition.summary,
+        "org.opencontainers.image.base.name": f"debian:{image.base.suite}",
+        "dev.drydock.image": image.name,
+        "dev.drydock.lock": f"sha256:{sha256_file(image.pylock_path)}",
+        "dev.drydock.base-lock": f"sha256:{sha256_file(image.debian_lock_path)}",
+        "dev.drydock.engine": f"{image.engine.distribution} {versions[image.engine.distribution]}",
+        "dev.drydock.python": python_version(image.definition.python, inputs.base),
+        "dev.drydock.accelerator": image.definition.accelerator.kind,
+    }
+    if image.definition.accelerator.minimum_driver:
+        labels["dev.drydock.minimum-driver"] = image.definition.accelerator.minimum_driver
+    return labels | image.definition.labels | image.engine.labels
+
+
+def as_json(built: Built, seconds: float) -> dict[str, Any]:
+    """The one line of `drydock build --json`."""
+    return {
+        "image": built.name,
+        "digest": f"sha256:{built.digest}",
+        "config-digest": f"sha256:{built.config_digest}",
+        "size": built.size,
+        "layers": [
+            {
+                "digest": f"sha256:{layer.digest}",
+                "diff-id": f"sha256:{layer.diff_id}",
+                "size": layer.size,
+                "title": layer.title,
+                "contents": list(layer.contents),
+                "state": "made" if layer.made else "reused",
+            }
+            for layer in built.layers
+        ],
+        "seconds": round(seconds, 3),
+    }
+
+

@@ -1,0 +1,257 @@
+"""What an image is: `images/<hardware>/image.toml` and `images/debian-<release>.toml`, typed on reading."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from drydock.errors import DrydockError
+
+
+def _requirement(text: str) -> str:
+    try:
+        Requirement(text)
+    except InvalidRequirement as error:
+        raise ValueError(f"{text!r} is not a requirement (PEP 508): {str(error).splitlines()[0]}") from error
+    return text
+
+
+def _version(text: str) -> str:
+    try:
+        Version(text)
+    except InvalidVersion as error:
+        raise ValueError(f"{text!r} is not a version") from error
+    return text
+
+
+RequirementText = Annotated[str, AfterValidator(_requirement)]
+VersionText = Annotated[str, AfterValidator(_version)]
+Reason = Annotated[str, Field(min_length=10, description="why, for the reviewer of a lock")]
+Architecture = Literal["amd64", "arm64"]
+
+MACHINES: dict[Architecture, str] = {"amd64": "x86_64", "arm64": "aarch64"}
+"""The kernel's and Python's name for what OCI and Debian call the architecture."""
+
+
+class Model(BaseModel):
+    """A frozen table of a TOML file in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=lambda n: n.replace("_", "-"))
+
+
+class Accelerator(Model):
+    """The device an image is compiled for.
+
+    `minimum_driver` is the host driver's lowest version; `sm` lists CUDA compute capabilities as NVIDIA
+    writes them without the dot ("90" for Hopper).
+    """
+
+    kind: Literal["none", "cuda"]
+    minimum_driver: str | None = None
+    sm: tuple[str, ...] = ()
+
+
+class Base(Model):
+    """The base of an image: a release of Debian, of which `images/debian-<release>.toml` says the packages."""
+
+    kind: Literal["debian"]
+    release: int
+
+
+class Override(Model):
+    """A version put in place of what packages ask for."""
+
+    version: VersionText
+    reason: Reason
+
+
+class Exclusion(Model):
+    """A package left out although something requires it."""
+
+    reason: Reason
+
+
+class SourceBuild(Model):
+    """A package without a wheel, built once into one; `build_requires` are exact and hashed in the lock."""
+
+    build_requires: tuple[RequirementText, ...]
+    reason: Reason
+
+
+class Engine(Model):
+    """One engine's environment on a hardware: what is asked for, and what must be known about it."""
+
+    summary: str
+    requirements: tuple[RequirementText, ...]
+    prereleases: bool = False
+    overrides: dict[str, Override] = {}
+    exclusions: dict[str, Exclusion] = {}
+    source_builds: dict[str, SourceBuild] = {}
+    environment: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    distribution: str = Field(description="the engine's own distribution name")
+    absent_libraries: dict[str, Reason] = Field(
+        default={}, description="shared libraries (fnmatch patterns) that an extension asks for and the image lacks"
+    )
+    foreign_objects: dict[str, Reason] = Field(
+        default={}, description="paths (fnmatch patterns) of ELF objects for another architecture"
+    )
+
+
+class Definition(Model):
+    """`images/<hardware>/image.toml`."""
+
+    hardware: str
+    summary: str
+    architecture: Architecture
+    python: Annotated[str, Field(pattern=r"^3\.\d+$")]
+    manylinux: Annotated[str, Field(pattern=r"^2_\d+$", description="newest glibc of the wheels taken")]
+    accelerator: Accelerator
+    base: Base
+    default_engine: str
+    labels: dict[str, str] = {}
+    driver_libraries: tuple[str, ...] = Field(default=(), description="sonames that the host's driver brings")
+    engine: dict[str, Engine]
+
+
+class DebianRequest(Model):
+    """`images/debian-<release>.toml`: the packages a base holds, each with its reason."""
+
+    release: int
+    suite: str
+    python: Annotated[str, Field(pattern=r"^3\.\d+$")]
+    packages: dict[str, Reason]
+    alternatives: dict[str, str] = Field(
+        default={}, description="link in /usr/bin -> target, which maintainer scripts would have made"
+    )
+
+
+class Image:
+    """One image: a definition, one of its engines, and the request for its base.
+
+    >>> Image.named(Path("."), "cpu-vllm").engine.requirements
+    """
+
+    def __init__(self, root: Path, definition: Definition, engine: str, base: DebianRequest) -> None:
+        self.root = root
+        self.definition = definition
+        self.engine_name = engine
+        self.engine = definition.engine[engine]
+        self.base = base
+
+    @property
+    def name(self) -> str:
+        return f"{self.definition.hardware}-{self.engine_name}"
+
+    @property
+    def machine(self) -> str:
+        """`platform.machine()` inside the image."""
+        return MACHINES[self.definition.architecture]
+
+    @property
+    def pylock_path(self) -> Path:
+        return self.root / "lock" / f"pylock.{self.name}.toml"
+
+    @property
+    def debian_lock_path(self) -> Path:
+        return debian_lock_path(self.root, self.base.release, self.definition.architecture)
+
+    @property
+    def definition_path(self) -> Path:
+        return self.root / "images" / self.definition.hardware / "image.toml"
+
+    @classmethod
+    def named(cls, root: Path, name: str) -> Image:
+        """Find an image by its name, `<hardware>-<engine>` or `<hardware>` for the default engine.
+
+        Raises:
+            DrydockError: there is no such hardware or engine; the line lists those there are.
+        """
+        hardware, _, engine = name.partition("-")
+        path = root / "images" / hardware / "image.toml"
+        if not path.is_file():
+            raise DrydockError(f"unknown image {name!r}: there are {', '.join(image_names(root))}")
+        definition = read_definition(path)
+        engine = engine or definition.default_engine
+        if engine not in definition.engine:
+            raise DrydockError(
+                f"unknown image {name!r}: {hardware} has the engine(s) {', '.join(sorted(definition.engine))} "
+                f"(engine.* in {path.relative_to(root)})"
+            )
+        request = root / "images" / f"debian-{definition.base.release}.toml"
+        if not request.is_file():
+            raise DrydockError(
+                f"{path.relative_to(root)}: base.release: there is no {request.relative_to(root)} to say what that holds"
+            )
+        return cls(root, definition, engine, read_toml(request, DebianRequest))
+
+
+def debian_lock_path(root: Path, release: int, architecture: str) -> Path:
+    return root / "lock" / f"debian-{release}-{architecture}.toml"
+
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
+
+def read_toml(path: Path, model: type[AnyModel]) -> AnyModel:
+    """Read a TOML file into a typed model.
+
+    Raises:
+        DrydockError: the file is missing, is not TOML, or has a wrong key or type: one line with file and key.
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise DrydockError(f"{path} is missing") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DrydockError(f"{path} is not TOML: {error}") from error
+    try:
+        return model.model_validate(data, by_alias=True, by_name=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        what = {"extra_forbidden": "unknown key", "missing": "required, and not there"}.get(
+            first["type"], first["msg"].removeprefix("Value error, ")
+        )
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise DrydockError(f"{path}: {key}: {what}{more}") from error
+
+
+def read_definition(path: Path) -> Definition:
+    """Read `images/<hardware>/image.toml` and check what the types cannot say."""
+    definition = read_toml(path, Definition)
+    if definition.hardware != path.parent.name:
+        raise DrydockError(f"{path}: hardware: is {definition.hardware!r} in the folder {path.parent.name!r}")
+    if definition.default_engine not in definition.engine:
+        raise DrydockError(
+            f"{path}: default-engine: unknown engine {definition.default_engine!r}, "
+            f"there are {', '.join(sorted(definition.engine))}"
+        )
+    if definition.accelerator.kind == "cuda" and not (
+        definition.accelerator.minimum_driver and definition.accelerator.sm
+    ):
+        raise DrydockError(f"{path}: accelerator: kind cuda needs minimum-driver and sm")
+    for engine_name, engine in definition.engine.items():
+        for table in ("overrides", "exclusions", "source_builds"):
+            for name in getattr(engine, table):
+                if canonicalize_name(name) != name:
+                    raise DrydockError(
+                        f"{path}: engine.{engine_name}.{table.replace('_', '-')}.{name}: "
+                        f"write the normalized name {canonicalize_name(name)!r}"
+                    )
+    return definition
+
+
+def image_names(root: Path) -> list[str]:
+    """The names of all images that are defined, sorted."""
+    names = []
+    for path in sorted((root / "images").glob("*/image.toml")):
+        definition = read_definition(path)
+        names += [f"{definition.hardware}-{engine}" for engine in sorted(definition.engine)]
+    return names

@@ -1,0 +1,128 @@
+"""Which layers an image has and what each is made of: a pure function of the locks.
+
+Layers follow the lock. A large artifact has a layer to itself, so that bumping it moves nothing else; small
+ones share a few buckets chosen by a hash of the name alone, so that adding a package never moves another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import zstandard
+
+from drydock.bytecode import Toolchain
+from drydock.definition import Image
+from drydock.layer import LEVEL
+from drydock.locks import Artifact, DebianLock, PyLock, sha256_json
+from drydock.store import sha256_file
+from drydock.wheels import PREFIX
+
+LARGE_DEB = 4_000_000
+LARGE_WHEEL = 24_000_000
+DEB_BUCKETS = 6
+WHEEL_BUCKETS = 8
+"""Sizes in bytes and counts: some 60 layers for a GPU image, well below the 127 that containerd allows."""
+
+CUDA = ("nvidia-", "cuda-")
+TORCH = ("torch", "torchvision", "torchaudio", "triton")
+
+Kind = Literal["debs", "base", "stdlib", "wheels", "manifest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One layer to be: what kind, from which artifacts, under which cache key."""
+
+    kind: Kind
+    title: str
+    artifacts: tuple[Artifact, ...]
+    key: str
+
+    @property
+    def weight(self) -> int:
+        """Bytes of artifacts to read, for progress and to begin with the largest."""
+        return sum(artifact.size for artifact in self.artifacts)
+
+
+def assembler_hash() -> str:
+    """The hash of everything of ours that decides a layer's bytes.
+
+    A change to it makes layers again, never makes them wrong: an unchanged layer comes out with the digest
+    it had.
+    """
+    here = Path(__file__).parent
+    modules = ("base", "build", "bytecode", "bytecode_worker", "debs", "layer", "oci", "plan", "wheels")
+    return sha256_json(
+        [
+            [sha256_file(here / f"{name}.py") for name in modules],
+            [version(name) for name in ("installer", "python-debian", "zstandard")],
+            list(zstandard.ZSTD_VERSION),
+            LEVEL,
+        ]
+    )
+
+
+def bucket(name: str, buckets: int) -> int:
+    """The bucket of a small package: by its name, so independent of what else is there."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % buckets
+
+
+def plan_layers(image: Image, lock: PyLock, base: DebianLock, tools: Toolchain) -> list[Spec]:
+    """The layers of an image below its manifest's, from the base up: what changes least comes first."""
+    assembler = assembler_hash()
+    series = image.definition.python
+    debs = [package.artifact for package in base.packages]
+
+    def spec(kind: Kind, title: str, artifacts: list[Artifact], *extra: object) -> Spec:
+        hashes = [artifact.sha256 for artifact in artifacts]
+        return Spec(
+            kind=kind,
+            title=title,
+            artifacts=tuple(artifacts),
+            key=sha256_json([assembler, kind, hashes, *extra]),
+        )
+
+    specs = []
+    for title, group in _grouped(debs, LARGE_DEB, DEB_BUCKETS, "debian"):
+        specs.append(spec("debs", title, group))
+    specs.append(
+        spec("base", "accounts, CA bundle, dpkg database, venv", debs, series, sorted(image.base.alternatives.items()))
+    )
+    library = [artifact for artifact in debs if artifact.name.startswith(f"libpython{series}-")]
+    specs.append(spec("stdlib", f"bytecode of Python {series}'s library", library, tools.key))
+    wheels = sorted((package.wheel for package in lock.packages), key=lambda artifact: artifact.name)
+    ranked: list[list[tuple[str, list[Artifact]]]] = [[], [], [], [], []]
+    for title, group in _grouped(wheels, LARGE_WHEEL, WHEEL_BUCKETS, "python"):
+        ranked[_rank(group, image.engine.distribution)].append((title, group))
+    for rank in ranked:
+        specs += [spec("wheels", title, group, series, PREFIX, tools.key) for title, group in rank]
+    return specs
+
+
+def _rank(group: list[Artifact], engine: str) -> int:
+    """CUDA libraries, torch, buckets of small packages, other large ones, the engine."""
+    if len(group) > 1 or group[0].size < LARGE_WHEEL:
+        return 2
+    name = group[0].name
+    if name.startswith(CUDA):
+        return 0
+    if name in TORCH:
+        return 1
+    return 4 if name == engine else 3
+
+
+def _grouped(artifacts: list[Artifact], large: int, buckets: int, title: str) -> list[tuple[str, list[Artifact]]]:
+    """Buckets of small artifacts, then each large one alone."""
+    small: dict[int, list[Artifact]] = {}
+    alone = []
+    for artifact in artifacts:
+        if artifact.size >= large:
+            alone.append((f"{artifact.name} {artifact.version}", [artifact]))
+        else:
+            small.setdefault(bucket(artifact.name, buckets), []).append(artifact)
+    shared = [(f"{title} packages, bucket {number} of {buckets}", small[number]) for number in sorted(small)]
+    return [*shared, *alone]

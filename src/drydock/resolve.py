@@ -1,0 +1,248 @@
+"""Python locks: uv resolves for the image's platform, drydock keeps the one wheel that the image installs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import httpx
+from packaging.tags import Tag
+from packaging.utils import canonicalize_name
+from uv import find_uv_bin
+
+from drydock.definition import Image
+from drydock.errors import DrydockError
+from drydock.fetch import fetch
+from drydock.indexes import Indexes, file_path, redact, uv_arguments
+from drydock.locks import (
+    Artifact,
+    environment_marker,
+    platform,
+    platform_tags,
+    resolution_inputs,
+    sha256_json,
+    wheel_rank,
+    write_lock,
+)
+from drydock.sdist import build_wheel
+from drydock.store import Store
+
+NO_PACKAGES: Mapping[str, str] = {}
+
+
+def lock_image(
+    image: Image,
+    store: Store,
+    indexes: Indexes,
+    keep: Mapping[str, str] = NO_PACKAGES,
+) -> dict[str, Any]:
+    """Resolve an image and write its `lock/pylock.<image>.toml`.
+
+    Parameters:
+        keep: normalized name -> version that must not move if it still fits; what `lock` reads from the
+            lock that is there, less what is upgraded.
+
+    Returns:
+        The lock as written.
+
+    Raises:
+        DrydockError: nothing satisfies what is asked for, or a package has no artifact for the platform.
+    """
+    resolved = _compile(
+        image,
+        indexes,
+        requirements=list(image.engine.requirements),
+        keep=keep,
+        source_only=list(image.engine.source_builds),
+    )
+    tags = platform_tags(image)
+    packages = []
+    for entry in sorted(resolved, key=lambda entry: str(entry["name"])):
+        if entry["name"] in image.engine.source_builds:
+            packages.append(_built_package(image, store, indexes, entry))
+        else:
+            wheel = _file(_best_wheel(entry, tags, image.name), "wheels", indexes)
+            packages.append({"name": entry["name"], "version": entry["version"], "wheels": [wheel]})
+    data = {
+        "lock-version": "1.0",
+        "created-by": "drydock",
+        "requires-python": f"=={image.definition.python}.*",
+        "environments": [environment_marker(image)],
+        "packages": packages,
+        "tool": {
+            "drydock": {
+                "image": image.name,
+                "platform": platform(image),
+                "python": image.definition.python,
+                "inputs": sha256_json(resolution_inputs(image)),
+            }
+        },
+    }
+    write_lock(image.pylock_path, data)
+    return data
+
+
+def _compile(
+    image: Image,
+    indexes: Indexes,
+    requirements: list[str],
+    keep: Mapping[str, str],
+    source_only: list[str],
+    anything: bool = False,
+) -> list[dict[str, Any]]:
+    """Run `uv pip compile` for the image's platform and return the packages of the pylock it makes.
+
+    `anything` resolves for any platform: a build environment runs on whatever machine builds.
+    """
+    engine = image.engine
+    with tempfile.TemporaryDirectory(prefix="drydock-resolve-") as folder:
+        work = Path(folder)
+        (work / "requirements.in").write_text("".join(f"{line}\n" for line in requirements))
+        (work / "overrides.txt").write_text(
+            "".join(f"{name}=={entry.version}\n" for name, entry in engine.overrides.items())
+        )
+        (work / "excludes.txt").write_text("".join(f"{name}\n" for name in engine.exclusions))
+        # uv prefers the versions of an output file that is already there, in either format.
+        output = work / "pylock.toml"
+        if keep:
+            (work / "kept.txt").write_text("".join(f"{name}=={version}\n" for name, version in keep.items()))
+        arguments = [
+            find_uv_bin(), "pip", "compile", "--no-header", "--no-annotate",
+            "--python-version", image.definition.python,
+            "--only-binary", ":all:",
+        ]  # fmt: skip
+        arguments += [] if anything else ["--python-platform", platform(image)]
+        for name in source_only:
+            arguments += ["--no-binary", name]
+        if engine.overrides:
+            arguments += ["--override", "overrides.txt"]
+        if engine.exclusions:
+            arguments += ["--excludes", "excludes.txt"]
+        arguments += ["--prerelease", "allow" if engine.prereleases else "if-necessary-or-explicit"]
+        index_arguments, index_environment = uv_arguments(indexes)
+        environment = {**os.environ, **index_environment}
+
+        def run(*last: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [*arguments, *index_arguments, *last, "requirements.in"],
+                cwd=work, env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+
+        if keep:
+            # A requirements file as output is how uv takes preferences without making them constraints;
+            # what it answers then pins the second pass, which writes the hashes and sizes.
+            preferred = work / "kept.txt"
+            done = run("--output-file", preferred.name)
+            if not done.returncode:
+                arguments += ["--constraint", preferred.name]
+        done = run("--format", "pylock.toml", "--output-file", output.name, "--quiet")
+        if done.returncode:
+            raise DrydockError(f"{image.name} does not resolve: {_reason(done.stderr)}")
+        packages: list[dict[str, Any]] = tomllib.loads(output.read_text())["packages"]
+        return packages
+
+
+def _reason(said: str) -> str:
+    """uv's explanation on one line."""
+    words = " ".join(said.replace("╰─▶", " ").replace("×", " ").split())
+    return words.removeprefix("error: ")[:1500] or "uv gave no reason"
+
+
+def _file(entry: Mapping[str, Any], folder: str, indexes: Indexes) -> dict[str, Any]:
+    """A file of uv's pylock as drydock's: a path into the store where uv has the address of an index."""
+    address = str(entry.get("url") or entry["path"])
+    filename = unquote(urlsplit(address).path.rpartition("/")[2])
+    size = entry["size"] if "size" in entry else _measure(address, indexes)
+    return {"path": f"{folder}/{filename}", "size": size, "hashes": {"sha256": entry["hashes"]["sha256"]}}
+
+
+def _measure(address: str, indexes: Indexes) -> int:
+    """The size in bytes of a file whose index does not tell it (one without PEP 700, or a folder)."""
+    local = file_path(address) or (None if "://" in address else Path(address))
+    if local:
+        return local.stat().st_size
+    try:
+        answer = httpx.head(address, verify=indexes.tls(), auth=indexes.auth_for(address), follow_redirects=True)
+        return int(answer.raise_for_status().headers["content-length"])
+    except (httpx.HTTPError, KeyError) as error:
+        raise DrydockError(
+            f"the index gives no size for {redact(address)} ({error}): lock against one that serves PEP 700 metadata"
+        ) from error
+
+
+def _best_wheel(entry: Mapping[str, Any], tags: dict[Tag, int], image: str) -> Mapping[str, Any]:
+    ranked = []
+    for wheel in entry.get("wheels", ()):
+        filename = unquote(urlsplit(wheel.get("url") or wheel["path"]).path.rpartition("/")[2])
+        rank = wheel_rank(filename, tags)
+        if rank is not None:
+            ranked.append((rank, filename, wheel))
+    if not ranked:
+        raise DrydockError(
+            f"{entry['name']} {entry['version']} has no wheel for {image}: add it to source-builds with a reason, "
+            "or override it with a version that has one"
+        )
+    best: Mapping[str, Any] = min(ranked, key=lambda found: found[:2])[2]
+    return best
+
+
+def _built_package(image: Image, store: Store, indexes: Indexes, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Lock a package without a wheel: fetch its sdist and build environment, build it, lock the result."""
+    name, version = str(entry["name"]), str(entry["version"])
+    if "sdist" not in entry:
+        raise DrydockError(f"{name} {version} has no sdist to build from: remove it from source-builds")
+    sdist = _file(entry["sdist"], "sdists", indexes)
+    requires = [
+        {
+            "name": canonicalize_name(str(tool["name"])),
+            "version": tool["version"],
+            "wheel": _pure_wheel(tool, indexes),
+        }
+        for tool in _compile(
+            image, indexes, list(image.engine.source_builds[name].build_requires), NO_PACKAGES, [], anything=True
+        )
+    ]
+    artifacts = [
+        Artifact(
+            kind="sdist",
+            name=name,
+            version=version,
+            filename=sdist["path"].rpartition("/")[2],
+            sha256=sdist["hashes"]["sha256"],
+            size=sdist["size"],
+        )
+    ] + [
+        Artifact(
+            kind="wheel",
+            name=tool["name"],
+            version=tool["version"],
+            filename=tool["wheel"]["path"].rpartition("/")[2],
+            sha256=tool["wheel"]["hashes"]["sha256"],
+            size=tool["wheel"]["size"],
+        )
+        for tool in requires
+    ]
+    fetch(store, artifacts, indexes, {})
+    filename, data = build_wheel(store, artifacts[0], artifacts[1:])
+    digest = store.put(data)
+    store.link(digest, store.root / "wheels" / filename)
+    return {
+        "name": name,
+        "version": version,
+        "wheels": [{"path": f"wheels/{filename}", "size": len(data), "hashes": {"sha256": digest}}],
+        "tool": {"drydock": {"sdist": sdist, "build-requires": requires}},
+    }
+
+
+def _pure_wheel(entry: Mapping[str, Any], indexes: Indexes) -> dict[str, Any]:
+    for wheel in entry.get("wheels", ()):
+        file = _file(wheel, "wheels", indexes)
+        if file["path"].endswith("-none-any.whl"):
+            return file
+    raise DrydockError(f"the build requirement {entry['name']} has no pure wheel: choose another version")

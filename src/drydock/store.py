@@ -1,0 +1,223 @@
+"""The store: artifacts and image blobs by sha256, on disk, never half written.
+
+A blob is written under `tmp/`, hashed on the way, and renamed to `blobs/sha256/<hex>` only when its hash
+is the one in its name. A reader therefore never sees a partial blob, whatever kills the writer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from drydock.errors import DrydockError, OutOfSpace
+
+CHUNK = 1 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one line that names the folder.
+
+    Raises:
+        OutOfSpace: for ENOSPC and EDQUOT.
+        DrydockError: for a folder that cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpace(
+                f"no space left under {where}: free some, or set DRYDOCK_STORE to a folder on another disk; "
+                "what is complete is kept and the next run goes on from there"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise DrydockError(
+                f"cannot write under {where} ({error.strerror}): set DRYDOCK_STORE to a folder of yours"
+            ) from error
+        raise
+
+
+class BlobWriter:
+    """Writes one blob of unknown hash; `Store.writer` makes and finishes it.
+
+    >>> with store.writer() as blob:
+    ...     blob.write(b"...")
+    >>> blob.digest, blob.size
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._hash.update(data)
+        self._file.write(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 of what was written so far."""
+        return self._hash.hexdigest()
+
+
+class Store:
+    """A folder of blobs by sha256, with small records beside them.
+
+    Parameters:
+        root: the folder, made when missing; one store may serve any number of checkouts and processes.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.blobs = self.root / "blobs" / "sha256"
+        self.tmp = self.root / "tmp"
+        with disk_errors(self.root):
+            for folder in (self.blobs, self.tmp, self.root / "locks"):
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, digest: str) -> Path:
+        """Where the blob with this hex sha256 lies, whether it is there or not."""
+        return self.blobs / digest
+
+    def has(self, digest: str, size: int | None = None) -> bool:
+        """Whether the blob is there, with that size in bytes when one is given.
+
+        The size is the cheap check: writers verify the hash before a blob gets its name, so only a fault
+        of the disk or a foreign hand can make it wrong; readers that unpack a blob check its hash again.
+        """
+        try:
+            found = self.path(digest).stat().st_size
+        except FileNotFoundError:
+            return False
+        return size is None or found == size
+
+    def discard(self, digest: str) -> None:
+        """Remove a blob that turned out not to be what its name says."""
+        self.path(digest).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator[BlobWriter]:
+        """A blob whose hash is known only at the end, as a layer's is."""
+        with disk_errors(self.root):
+            handle, name = tempfile.mkstemp(dir=self.tmp, prefix="blob-")
+            try:
+                # The lock tells `sweep` of another process that this file has a living owner.
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                with os.fdopen(handle, "wb") as file:
+                    blob = BlobWriter(file)
+                    yield blob
+                    self._publish(file, Path(name), blob.digest)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+
+    def _publish(self, file: BinaryIO, path: Path, digest: str) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+        path.chmod(0o644)
+        path.rename(self.path(digest))
+
+    def put(self, data: bytes) -> str:
+        """Store small bytes (a manifest, a config) and return their hex sha256."""
+        with self.writer() as blob:
+            blob.write(data)
+        return blob.digest
+
+    def adopt(self, path: Path, digest: str) -> None:
+        """Move a complete file from `tmp` into the blobs, if its hash is the one promised.
+
+        Raises:
+            DrydockError: the bytes hash to something else; the file is removed.
+        """
+        found = sha256_file(path)
+        if found != digest:
+            path.unlink(missing_ok=True)
+            raise DrydockError(f"{path.name} hashes to sha256:{found}, not to sha256:{digest}")
+        with disk_errors(self.root), path.open("rb+") as file:
+            self._publish(file, path, digest)
+
+    def link(self, digest: str, target: Path) -> None:
+        """Give a blob a second name by hard link, or by copy across file systems."""
+        with disk_errors(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists() and target.samefile(self.path(digest)):
+                return
+            temporary = target.with_name(f".{target.name}.{os.getpid()}")
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(self.path(digest), temporary)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+                    raise
+                shutil.copyfile(self.path(digest), temporary)
+            temporary.rename(target)
+
+    def read_record(self, kind: str, key: str) -> dict[str, Any] | None:
+        """A small JSON record of that kind, or None when there is none or it cannot be read."""
+        try:
+            record: dict[str, Any] = json.loads((self.root / kind / f"{key}.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return record
+
+    def write_record(self, kind: str, key: str, record: dict[str, Any]) -> None:
+        """Write a small JSON record so that a reader sees the old one or the new one, whole."""
+        path = self.root / kind / f"{key}.json"
+        with disk_errors(self.root):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                temporary.write_text(json.dumps(record, sort_keys=True))
+                temporary.rename(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold a named lock among all processes that use this store; it ends with its process."""
+        with disk_errors(self.root):
+            handle = os.open(self.root / "locks" / name, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def sweep(self) -> int:
+        """Remove what dead writers left under `tmp` and return the bytes freed.
+
+        Partial downloads (`*.part`) stay: the next fetch resumes them.
+        """
+        freed = 0
+        for path in self.tmp.iterdir():
+            if path.suffix == ".part":
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                freed += path.stat().st_size
+                path.unlink()
+        return freed
