@@ -48,6 +48,8 @@ def add_base_files(layer: LayerWriter, store: Store, image: Image, lock: DebianL
     for name, target in sorted(image.base.alternatives.items()):
         layer.symlink(f"usr/bin/{name}", f"/etc/alternatives/{name}")
         layer.symlink(f"etc/alternatives/{name}", target)
+    # A login shell's /etc/profile sets PATH anew and then reads this.
+    layer.file("etc/profile.d/drydock.sh", f"PATH=/{PREFIX}/bin:$PATH\n".encode())
     add_venv(layer, image.definition.python, lock)
 
 
@@ -140,4 +142,7 @@ def stdlib_sources(names: Iterable[str], series: str) -> dict[str, str]:
         path = posixpath.normpath(name).lstrip("/")
         if path.startswith(prefix) and path.endswith(".py"):
             found[name] = path
+        elif path == f"etc/python{series}/sitecustomize.py":
+            # The library has a link to it, and Python keeps bytecode beside the link.
+            found[name] = f"{prefix}sitecustomize.py"
     return found

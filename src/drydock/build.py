@@ -389,7 +389,7 @@ def manifest(inputs: Inputs, distributions: list[Installed], base_record: str) -
             "sm": list(definition.accelerator.sm),
         },
         "driver-libraries": list(definition.driver_libraries),
-        "absent-libraries": dict(engine.absent_libraries),
+        "absent-libraries": {**image.base.absent_libraries, **engine.absent_libraries},
         "foreign-objects": dict(engine.foreign_objects),
         "environment": base_environment(engine.environment),
     }

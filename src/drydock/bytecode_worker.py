@@ -13,11 +13,13 @@ import sys
 import tarfile
 import warnings
 import zipfile
-from importlib._bootstrap_external import _code_to_hash_pyc
+from collections.abc import Iterator
+from importlib._bootstrap_external import _code_to_hash_pyc  # type: ignore[attr-defined]
 from importlib.util import source_hash
+from typing import Any
 
 
-def read_sources(job):
+def read_sources(job: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Yield (installed path, source bytes) for each source of the job."""
     wanted = job["sources"]
     if zipfile.is_zipfile(job["archive"]):
@@ -27,10 +29,12 @@ def read_sources(job):
         return
     with tarfile.open(job["archive"]) as archive:
         for member, path in wanted.items():
-            yield path, archive.extractfile(member).read()
+            stream = archive.extractfile(member)
+            assert stream is not None
+            yield path, stream.read()
 
 
-def compile_job(job):
+def compile_job(job: dict[str, Any]) -> dict[str, int]:
     compiled = skipped = 0
     with zipfile.ZipFile(job["output"], "w", zipfile.ZIP_STORED) as output:
         for path, source in read_sources(job):
@@ -45,7 +49,7 @@ def compile_job(job):
     return {"compiled": compiled, "skipped": skipped}
 
 
-def main():
+def main() -> None:
     warnings.simplefilter("ignore")
     # Each job's process ends after one archive; collecting its garbage only costs time.
     gc.disable()

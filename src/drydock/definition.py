@@ -97,7 +97,7 @@ class Engine(Model):
     labels: dict[str, str] = {}
     distribution: str = Field(description="the engine's own distribution name")
     absent_libraries: dict[str, Reason] = Field(
-        default={}, description="shared libraries (fnmatch patterns) that an extension asks for and the image lacks"
+        default={}, description="the same, where only this engine's wheels ask for them"
     )
     foreign_objects: dict[str, Reason] = Field(
         default={}, description="paths (fnmatch patterns) of ELF objects for another architecture"
@@ -129,6 +129,9 @@ class DebianRequest(Model):
     packages: dict[str, Reason]
     alternatives: dict[str, str] = Field(
         default={}, description="link in /usr/bin -> target, which maintainer scripts would have made"
+    )
+    absent_libraries: dict[str, Reason] = Field(
+        default={}, description="shared libraries (fnmatch patterns) that wheels ask for and the base lacks"
     )
 
 

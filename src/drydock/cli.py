@@ -1,0 +1,290 @@
+"""The command line: one command a step, each a few lines over the module that does the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from drydock.definition import Image, image_names
+from drydock.errors import CheckFailed, DrydockError
+from drydock.locks import Artifact
+from drydock.oci import Built, read_image
+from drydock.store import Store
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Reproducible environments for LLM reinforcement-learning stacks.",
+)
+
+Names = Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="images; all when none is named")]
+Name = Annotated[str, typer.Argument(metavar="IMAGE", help="an image, as `drydock images` lists them")]
+Json = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
+RuntimeName = Annotated[str, typer.Option("--runtime", help="auto, docker or chroot")]
+
+
+def project_root() -> Path:
+    """The checkout to work on: the nearest folder upward that has `images/` and `lock/`, else drydock's own.
+
+    Raises:
+        DrydockError: there is none.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).parents[2]):
+        if (folder / "images").is_dir() and (folder / "lock").is_dir():
+            return folder
+    raise DrydockError("no checkout here: run drydock in a folder that has images/ and lock/")
+
+
+def open_store(root: Path) -> Store:
+    """The store: `DRYDOCK_STORE`, or `.drydock` in the checkout."""
+    return Store(Path(os.environ.get("DRYDOCK_STORE") or root / ".drydock"))
+
+
+def _get(store: Store, artifacts: list[Artifact]) -> Any:
+    """Fetch artifacts from wherever this user's configuration says."""
+    from drydock.fetch import fetch
+    from drydock.indexes import debian_mirrors, read_indexes
+
+    missing = [artifact for artifact in artifacts if not store.has(artifact.sha256, artifact.size)]
+    mirrors = debian_mirrors(os.environ) if any(artifact.kind == "deb" for artifact in missing) else {}
+    return fetch(store, artifacts, read_indexes(os.environ), mirrors)
+
+
+def _say(document: object) -> None:
+    print(json.dumps(document, sort_keys=False), flush=True)
+
+
+@app.command()
+def images(as_json: Json = False) -> None:
+    """List the images that are defined, and how far each is on this machine."""
+    from drydock.locks import read_pylock
+
+    root = project_root()
+    store = open_store(root)
+    rows = []
+    for name in image_names(root):
+        image = Image.named(root, name)
+        row: dict[str, Any] = {
+            "image": name,
+            "architecture": image.definition.architecture,
+            "summary": image.engine.summary,
+        }
+        try:
+            row["packages"] = len(read_pylock(image).packages)
+            row["built"] = f"sha256:{read_image(store, name).digest}"
+        except DrydockError as error:
+            row["state"] = str(error)
+        rows.append(row)
+    if as_json:
+        return _say(rows)
+    for row in rows:
+        print(f"{row['image']:<14} {row['architecture']:<6} {row['summary']}")
+        print(f"{'':<14} {row.get('built') or row['state']}")
+
+
+@app.command()
+def lock(
+    names: Names = None,
+    check: Annotated[bool, typer.Option("--check", help="only say whether the locks are right, offline")] = False,
+    upgrade: Annotated[list[str] | None, typer.Option("--upgrade", metavar="PKG", help="move this package")] = None,
+    base: Annotated[bool, typer.Option("--base", help="only the bases' Debian packages")] = False,
+    as_json: Json = False,
+) -> None:
+    """Resolve what images are made of, keeping the versions that are locked; or check the locks."""
+    from drydock import relock
+
+    root = project_root()
+    chosen = [Image.named(root, name) for name in names or image_names(root)]
+    if check:
+        answer = relock.check(chosen)
+        if as_json:
+            _say(answer)
+        else:
+            for row in answer["locks"]:
+                print(f"{row['lock']}: {'; '.join(row['problems']) or 'ok'}")
+        if not answer["ok"]:
+            bad = sum(1 for row in answer["locks"] if row["problems"])
+            raise CheckFailed(f"{bad} of {len(answer['locks'])} locks are not right")
+        return None
+    changes = relock.lock(chosen, open_store(root), os.environ, upgrade=tuple(upgrade or ()), only_base=base)
+    if as_json:
+        return _say(changes)
+    for change in changes:
+        print(f"{change['lock']}: {change['package']} {change['from'] or '(new)'} -> {change['to'] or '(gone)'}")
+    print(f"{len(changes)} changes", file=sys.stderr)
+    return None
+
+
+@app.command()
+def fetch(names: Names = None, as_json: Json = False) -> None:
+    """Bring every artifact of images into the store, by sha256."""
+    from dataclasses import asdict
+
+    from drydock.build import Inputs
+
+    root = project_root()
+    store = open_store(root)
+    artifacts: dict[str, Artifact] = {}
+    for name in names or image_names(root):
+        artifacts |= {artifact.sha256: artifact for artifact in Inputs(Image.named(root, name)).artifacts()}
+    report = asdict(_get(store, list(artifacts.values())))
+    if as_json:
+        return _say(report)
+    print(f"{report['fetched']} fetched, {report['present']} were there, {report['seconds']:.1f} s")
+    return None
+
+
+@app.command()
+def build(
+    name: Name,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="PATH", help="also write an OCI layout folder, or an archive if PATH ends in .tar")
+    ] = None,
+    load: Annotated[bool, typer.Option("--load", help="load it into Docker")] = False,
+    record: Annotated[bool, typer.Option("--record", help="write its digests into lock/images.toml")] = False,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="layers made at a time")] = None,
+    as_json: Json = False,
+) -> None:
+    """Assemble an image from its locks. What is in the store already is not made again."""
+    from drydock import oci
+    from drydock.build import as_json as describe
+    from drydock.build import build as assemble
+    from drydock.published import compare, write_record
+    from drydock.store import disk_errors
+
+    root = project_root()
+    store = open_store(root)
+    image = Image.named(root, name)
+    built, seconds = assemble(image, store, lambda artifacts: _get(store, artifacts), jobs)
+    if output and output.suffix == ".tar":
+        temporary = output.with_name(f".{output.name}.part")
+        try:
+            with disk_errors(output.parent), temporary.open("wb") as file:
+                oci.write_archive(store, built, file)
+            temporary.rename(output)
+        finally:
+            temporary.unlink(missing_ok=True)
+    elif output:
+        oci.write_layout(store, built, output)
+    if load:
+        from drydock.runtime import choose
+
+        choose("docker").prepare(store, built)
+    if record:
+        write_record(root, built)
+    recorded = compare(root, built)
+    if as_json:
+        return _say(describe(built, seconds) | {"recorded": recorded})
+    made = sum(layer.made for layer in built.layers)
+    print(f"{built.name} sha256:{built.digest}")
+    print(f"config sha256:{built.config_digest}, {len(built.layers)} layers ({made} made), {built.size / 1e9:.2f} GB, {seconds:.1f} s")
+    print(f"lock/images.toml: {recorded}")
+    return None
+
+
+def _task(root: Path, results: Path | None, command: list[str], **extra: Any) -> Any:
+    from drydock.runtime import Task
+
+    return Task(command=tuple(command), checkout=root, results=results or root / "results", **extra)
+
+
+def _prepared(root: Path, name: str, runtime_name: str) -> tuple[Any, Store, Built]:
+    from drydock.runtime import choose
+
+    if runtime_name not in ("auto", "docker", "chroot"):
+        raise DrydockError(f"unknown runtime {runtime_name!r}: there are auto, docker and chroot")
+    store = open_store(root)
+    built = read_image(store, Image.named(root, name).name)
+    runtime = choose(runtime_name)  # type: ignore[arg-type]
+    runtime.prepare(store, built)
+    return runtime, store, built
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def run(
+    name: Name,
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="program and arguments, after --")],
+    runtime: RuntimeName = "auto",
+    results: Annotated[Path | None, typer.Option("--results", help="folder mounted at /results")] = None,
+    user: Annotated[str, typer.Option("--user", help="root or drydock")] = "root",
+    environment: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE")] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", "-i", help="pass standard input through")] = False,
+) -> None:
+    """Run a command in a built image; the checkout is at /drydock, read-only."""
+    from drydock.hardware import gpus_here
+
+    root = project_root()
+    if user not in ("root", "drydock"):
+        raise DrydockError(f"unknown user {user!r}: an image has root and drydock")
+    variables = {}
+    for text in environment or ():
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise DrydockError(f"--env {text!r} is not NAME=VALUE")
+        variables[key] = value
+    chosen, store, built = _prepared(root, name, runtime)
+    gpus = Image.named(root, name).definition.accelerator.kind == "cuda" and gpus_here() > 0
+    task = _task(root, results, command, environment=variables, user=user, interactive=interactive, gpus=gpus)
+    raise typer.Exit(chosen.run(store, built, task))
+
+
+@app.command()
+def verify(
+    name: Annotated[str | None, typer.Argument(metavar="[IMAGE]", help="an image; none inside of one")] = None,
+    full: Annotated[bool, typer.Option("--full", help="compare hashes, not sizes")] = False,
+    as_json: Json = False,
+    runtime: RuntimeName = "auto",
+) -> None:
+    """Compare an image, from inside, with the lock it carries."""
+    from drydock.hardware import gpus_here
+
+    options = [*(["--full"] if full else []), *(["--json"] if as_json else [])]
+    if name is None:
+        from drydock.verify import main as verify_here
+
+        raise typer.Exit(verify_here(options))
+    root = project_root()
+    chosen, store, built = _prepared(root, name, runtime)
+    gpus = Image.named(root, name).definition.accelerator.kind == "cuda" and gpus_here() > 0
+    # No bytecode: what Python would write beside its library would be a stray to the verifier.
+    task = _task(
+        root,
+        None,
+        ["python", "-m", "drydock.verify", *options],
+        environment={"PYTHONPATH": "/drydock/src", "PYTHONDONTWRITEBYTECODE": "1"},
+        gpus=gpus,
+    )
+    raise typer.Exit(chosen.run(store, built, task))
+
+
+def main() -> NoReturn:
+    """The `drydock` program: errors of ours are one line on standard error and their exit status."""
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    try:
+        status = app(standalone_mode=False)
+    except TyperException as error:
+        print(f"drydock: {error.format_message().rstrip('.')}: see `drydock --help`", file=sys.stderr)
+        sys.exit(2)
+    except DrydockError as error:
+        print(f"drydock: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except (KeyboardInterrupt, typer.Abort):
+        print("drydock: stopped; what is complete is kept", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away, as `| head` does; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

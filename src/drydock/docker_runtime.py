@@ -1,0 +1,227 @@
+"""Running images in a Docker engine, loaded straight from the store."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, BinaryIO
+
+import docker
+from docker.errors import APIError, DockerException, ImageNotFound
+from docker.types import DeviceRequest, Mount
+
+from drydock import oci
+from drydock.errors import DrydockError
+from drydock.oci import Built
+from drydock.progress import Progress
+from drydock.runtime import CHECKOUT, RESULTS, USER_ID, Task, check_architecture, ending_signals
+from drydock.store import CHUNK, Store
+from drydock.unpack import check_blobs
+
+if TYPE_CHECKING:
+    from docker.models.containers import Container
+
+LABEL = {"dev.drydock": "run"}
+"""On every container that drydock starts."""
+SHARED_MEMORY = "2g"
+"""Size of /dev/shm: the engine's default of 64 MB is too small for vLLM's and NCCL's buffers."""
+PING_SECONDS = 10
+GRACE_SECONDS = 10
+"""From SIGTERM to SIGKILL when drydock is told to end."""
+
+
+class DockerRuntime:
+    """Runs images in the engine that DOCKER_HOST names, or the one on the default socket.
+
+    Raises:
+        DrydockError: no engine answers.
+    """
+
+    name = "docker"
+
+    def __init__(self) -> None:
+        try:
+            self._client = docker.from_env(timeout=PING_SECONDS)
+            self._client.ping()
+        except (DockerException, OSError) as error:
+            raise DrydockError(
+                f"no Docker engine answers ({_reason(error)}): start one, set DOCKER_HOST, "
+                "or use --runtime chroot"
+            ) from error
+        # The engine unpacks a loaded image before it answers, and a command may be silent for hours.
+        self._client.api.timeout = None  # type: ignore[assignment]  # what requests takes for "no limit"
+
+    def prepare(self, store: Store, built: Built) -> None:
+        """Load the image, unless the engine holds this very one."""
+        if self._loaded(built):
+            return
+        with store.lock(f"docker-{built.digest[:16]}"):
+            if not self._loaded(built):
+                self._load(store, built)
+
+    def _loaded(self, built: Built) -> bool:
+        try:
+            image = self._client.images.get(built.reference)
+        except ImageNotFound:
+            return False
+        # The containerd store names an image by its manifest, the classic one by its config.
+        return image.id in (f"sha256:{built.digest}", f"sha256:{built.config_digest}")
+
+    def _load(self, store: Store, built: Built) -> None:
+        with Progress("load into docker", total=built.size) as progress:
+            progress.start(built.reference)
+            try:
+                with _archive(store, built, progress) as chunks:
+                    # An iterator and no file: of a file, requests would send line by line.
+                    self._client.images.load(chunks)  # type: ignore[arg-type]
+            except (DockerException, OSError) as error:
+                check_blobs(store, built.layers)
+                raise DrydockError(self._refusal(built, _reason(error))) from error
+        if not self._loaded(built):
+            raise DrydockError(self._refusal(built, "what it holds afterwards is another image"))
+
+    def _refusal(self, built: Built, reason: str) -> str:
+        status = dict(self._client.info().get("DriverStatus") or [])
+        if "containerd" in status.get("driver-type", ""):
+            return f"Docker did not take {built.reference} ({reason}): free its disk or use --runtime chroot"
+        return (
+            f"Docker's classic image store did not take {built.reference} ({reason}): set "
+            '{"features": {"containerd-snapshotter": true}} in /etc/docker/daemon.json and restart it, or '
+            "use --runtime chroot"
+        )
+
+    def run(self, store: Store, built: Built, task: Task) -> int:
+        """Run the task in a container of its own, which is removed afterwards."""
+        del store
+        check_architecture(built, self._client.info()["Architecture"])
+        with ending_signals():
+            container = self._create(built, task)
+            try:
+                if task.interactive:
+                    return self._interactive(container)
+                return self._stream(container)
+            finally:
+                container.remove(force=True, v=True)
+
+    def _create(self, built: Built, task: Task) -> Container:
+        try:
+            return self._client.containers.create(
+                built.reference,
+                list(task.command),
+                entrypoint=[],
+                environment=task.variables(built),
+                user="0:0" if task.user == "root" else f"{USER_ID}:{USER_ID}",
+                working_dir=task.workdir,
+                mounts=[
+                    Mount(CHECKOUT, str(task.checkout.absolute()), type="bind", read_only=True),
+                    Mount(RESULTS, str(task.make_results()), type="bind"),
+                ],
+                device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if task.gpus else [],
+                init=True,
+                shm_size=SHARED_MEMORY,
+                labels=LABEL,
+                stdin_open=task.interactive,
+                tty=task.interactive and sys.stdin.isatty(),
+            )
+        except APIError as error:
+            raise DrydockError(
+                f"Docker did not make a container of {built.reference}: {_reason(error)}"
+            ) from error
+
+    def _stream(self, container: Container) -> int:
+        # Attached before it starts, so that nothing of its output is lost.
+        output = container.attach(stream=True, demux=True)
+        try:
+            container.start()
+        except APIError as error:
+            raise _not_started(error) from error
+        # In a thread of its own, so that a signal does not break it off before the command's last words.
+        copying = threading.Thread(target=_copy, args=(output,), name="output")
+        copying.start()
+        try:
+            copying.join()
+        except (KeyboardInterrupt, SystemExit):
+            with contextlib.suppress(DockerException):
+                container.stop(timeout=GRACE_SECONDS)
+            copying.join()
+            raise
+        return int(container.wait()["StatusCode"])
+
+    def _interactive(self, container: Container) -> int:
+        # The client has what a terminal needs (raw mode, its size); the SDK has not.
+        client = shutil.which("docker")
+        if client is None:
+            raise DrydockError(
+                "an interactive run in Docker needs the docker command: install Docker's client, "
+                "or use --runtime chroot"
+            )
+        command = [client, "start", "--attach", "--interactive", str(container.id)]
+        started = subprocess.run(command, check=False)
+        container.reload()
+        if container.status == "created":
+            return started.returncode
+        return int(container.wait()["StatusCode"])
+
+
+def _copy(output: Iterable[tuple[bytes | None, bytes | None]]) -> None:
+    for chunks in output:
+        for stream, chunk in zip((sys.stdout, sys.stderr), chunks, strict=True):
+            if chunk:
+                stream.buffer.write(chunk)
+                stream.flush()
+
+
+@contextlib.contextmanager
+def _archive(store: Store, built: Built, progress: Progress) -> Iterator[Iterator[bytes]]:
+    """The image's OCI archive in chunks, written by a thread while they are read."""
+    reading, writing = os.pipe()
+    failed: list[Exception] = []
+
+    def write() -> None:
+        try:
+            with os.fdopen(writing, "wb") as file:
+                oci.write_archive(store, built, file, progress.advance)
+        except BrokenPipeError:
+            pass  # The engine stopped reading, and says itself why.
+        except Exception as error:
+            failed.append(error)
+
+    def chunks(file: BinaryIO) -> Iterator[bytes]:
+        while data := file.read(CHUNK):
+            yield data
+        writer.join()
+        if failed:
+            # Into the request, which breaks it off: the engine must not take half an archive for a whole one.
+            raise failed[0]
+
+    writer = threading.Thread(target=write, name="archive")
+    writer.start()
+    try:
+        with os.fdopen(reading, "rb") as file:
+            yield chunks(file)
+    finally:
+        writer.join()
+        if failed:
+            raise DrydockError(
+                f"{built.name} cannot be read from {store.root} ({failed[0]}): run `drydock build` again"
+            )
+
+
+def _not_started(error: APIError) -> DrydockError:
+    reason = _reason(error)
+    if "could not select device driver" in reason:
+        return DrydockError(
+            "Docker has no access to GPUs: install the NVIDIA Container Toolkit, or use --runtime chroot"
+        )
+    return DrydockError(f"Docker did not start the command: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    """An error of the SDK's in one line."""
+    text = str(error.explanation if isinstance(error, APIError) and error.explanation else error)
+    return " ".join(text.split()).removeprefix("Error while fetching server API version: ")

@@ -1,0 +1,109 @@
+"""`drydock lock`: every lock of the named images, made anew or checked; and what changed."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from packaging.utils import canonicalize_name
+
+from drydock.apt import lock_base
+from drydock.definition import Architecture, DebianRequest, Image, debian_lock_path
+from drydock.errors import DrydockError
+from drydock.indexes import debian_mirrors, read_indexes
+from drydock.locks import check_debian_lock, check_pylock, read_debian_lock, read_pylock
+from drydock.resolve import lock_image
+from drydock.store import Store
+
+Change = dict[str, Any]
+
+
+def versions(path: Path) -> dict[str, str]:
+    """Package -> version of any lock of ours; nothing when there is none that can be read."""
+    try:
+        data = tomllib.loads(path.read_text())
+        return {package["name"]: package["version"] for package in data["packages"]}
+    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError):
+        return {}
+
+
+def lock(
+    images: list[Image], store: Store, environ: Mapping[str, str], *, upgrade: tuple[str, ...] = (), only_base: bool = False
+) -> list[Change]:
+    """Lock the bases and the Python environments of images.
+
+    Parameters:
+        upgrade: packages (Debian's or Python's) that may move; all others keep their version where it
+            still fits the definition.
+
+    Returns:
+        One entry a package that changed: lock, package, from, to (None for added and removed).
+
+    Raises:
+        DrydockError: something does not resolve, or a package to upgrade is in none of the locks.
+    """
+    moving = {canonicalize_name(name) for name in upgrade} | set(upgrade)
+    before = {path: versions(path) for path in _paths(images, only_base)}
+    unknown = [name for name in upgrade if not any({name, canonicalize_name(name)} & set(found) for found in before.values())]
+    if unknown:
+        raise DrydockError(f"{unknown[0]} is in none of the locks: name a package of one, or ask for it in image.toml")
+    bases = {
+        debian_lock_path(image.root, image.base.release, image.definition.architecture): image for image in images
+    }
+    for path, image in bases.items():
+        if upgrade and not moving & set(before[path]):
+            continue
+        lock_base(image.root, image.base, image.definition.architecture, debian_mirrors(environ), _kept(before[path], moving))
+    if not only_base:
+        indexes = read_indexes(environ)
+        for image in images:
+            if upgrade and not moving & set(before[image.pylock_path]):
+                continue
+            lock_image(image, store, indexes, _kept(before[image.pylock_path], moving))
+    return [change for path, old in before.items() for change in _changes(path, old, versions(path))]
+
+
+def _paths(images: list[Image], only_base: bool) -> list[Path]:
+    paths = [image.debian_lock_path for image in images] + ([] if only_base else [image.pylock_path for image in images])
+    return list(dict.fromkeys(paths))
+
+
+def _kept(found: dict[str, str], moving: set[str]) -> dict[str, str]:
+    return {name: version for name, version in found.items() if name not in moving}
+
+
+def _changes(path: Path, old: dict[str, str], new: dict[str, str]) -> list[Change]:
+    return [
+        {"lock": path.name, "package": name, "from": old.get(name), "to": new.get(name)}
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def check(images: list[Image]) -> dict[str, Any]:
+    """Whether the locks are there, unedited, up to date with their definitions and complete; offline."""
+    rows = []
+    bases: dict[tuple[int, Architecture], tuple[Path, DebianRequest]] = {
+        (image.base.release, image.definition.architecture): (image.root, image.base) for image in images
+    }
+    for (release, architecture), (root, request) in bases.items():
+        rows.append({"lock": f"debian-{release}-{architecture}", "problems": _base_problems(root, request, architecture)})
+    for image in images:
+        rows.append({"lock": f"pylock.{image.name}", "problems": _image_problems(image)})
+    return {"ok": not any(row["problems"] for row in rows), "locks": rows}
+
+
+def _base_problems(root: Path, request: DebianRequest, architecture: Architecture) -> list[str]:
+    try:
+        return check_debian_lock(request, read_debian_lock(root, request, architecture))
+    except DrydockError as error:
+        return [str(error)]
+
+
+def _image_problems(image: Image) -> list[str]:
+    try:
+        return check_pylock(image, read_pylock(image))
+    except DrydockError as error:
+        return [str(error)]

@@ -1,0 +1,40 @@
+"""Tiny models made in code: real architectures, random weights, a character tokenizer; no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ALPHABET = "0123456789+-*=() abcdefghijklmnopqrstuvwxyz?.,\n"
+
+
+def save_tokenizer(folder: Path) -> int:
+    """Write a character tokenizer and return the size of its vocabulary."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<unk>", *ALPHABET]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return len(words)
+
+
+def make_qwen3_moe(folder: Path, seed: int = 0) -> Path:
+    """A Qwen3-MoE of two layers and eight experts with random weights, as float32 safetensors."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    vocabulary = save_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=256, moe_intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        num_experts=8, num_experts_per_tok=2, decoder_sparse_step=1, norm_topk_prob=True,
+        max_position_embeddings=512, tie_word_embeddings=False,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
