@@ -25,7 +25,7 @@ from drydock.bytecode import Compiler, Toolchain, builder_architecture, compiled
 from drydock.debs import add_deb, open_deb
 from drydock.definition import Image
 from drydock.errors import DrydockError
-from drydock.layer import LayerWriter, Row, open_layer
+from drydock.layer import LayerWriter, Row, open_layer, overlap
 from drydock.locks import (
     Artifact,
     DebianLock,
@@ -205,14 +205,12 @@ def _make(spec: Spec) -> dict[str, Any]:
             if spec.kind == "base":
                 add_base_files(layer, worker.store, worker.image, worker.inputs.base)
                 add_dpkg_database(layer, worker.store, worker.inputs.base)
-        # Rows of wheels are in their RECORDs; the manifest needs those of everything else.
-        rows = written.rows if spec.kind != "wheels" else []
         record = {
             "digest": written.digest,
             "size": written.size,
             "diff-id": written.diff_id,
             "unpacked": written.unpacked,
-            "facts": _put_facts(worker.store, rows, installed),
+            "facts": _put_facts(worker.store, written.rows, installed),
         }
         worker.store.write_record("layers", spec.key, record)
         worker.told.put(("done", spec.title, 0))
@@ -335,8 +333,13 @@ def _make_manifest(
         assert record
         facts = json.loads(store.path(record["facts"]).read_bytes())
         # A path that two layers hold is the later one's, as it is when they are unpacked.
-        rows |= {row[0]: Row(*row) for row in facts["rows"]}
+        for row in (Row(*fields) for fields in facts["rows"]):
+            _check_overlap(inputs.image, rows.get(row.path), row)
+            rows[row.path] = row
         distributions += [Installed(**entry) for entry in facts["distributions"]]
+    # Files of wheels are in their RECORDs; base.RECORD has everything else.
+    wheels = {entry.name for entry in distributions}
+    rows = {path: row for path, row in rows.items() if row.owner not in wheels or not path.startswith(f"{PREFIX}/")}
     with open_layer(store) as (layer, written):
         for name, path in _carried(inputs.image).items():
             layer.file(f"{SHARE}/{name}", path.read_bytes())
@@ -354,6 +357,14 @@ def _make_manifest(
     }
     store.write_record("layers", spec.key, made)
     return made
+
+
+def _check_overlap(image: Image, first: Row | None, second: Row) -> None:
+    if first is None or first.hash == second.hash:
+        return
+    winner = image.engine.overlaps.get(second.owner)
+    if winner is None or first.owner not in winner.over:
+        raise overlap(first, second)
 
 
 def _csv(rows: list[Row]) -> bytes:

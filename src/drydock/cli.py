@@ -47,7 +47,7 @@ def open_store(root: Path) -> Store:
     return Store(Path(os.environ.get("DRYDOCK_STORE") or root / ".drydock"))
 
 
-def _get(store: Store, artifacts: list[Artifact]) -> Any:
+def get_artifacts(store: Store, artifacts: list[Artifact]) -> Any:
     """Fetch artifacts from wherever this user's configuration says."""
     from drydock.fetch import fetch
     from drydock.indexes import debian_mirrors, read_indexes
@@ -134,7 +134,7 @@ def fetch(names: Names = None, as_json: Json = False) -> None:
     artifacts: dict[str, Artifact] = {}
     for name in names or image_names(root):
         artifacts |= {artifact.sha256: artifact for artifact in Inputs(Image.named(root, name)).artifacts()}
-    report = asdict(_get(store, list(artifacts.values())))
+    report = asdict(get_artifacts(store, list(artifacts.values())))
     if as_json:
         return _say(report)
     print(f"{report['fetched']} fetched, {report['present']} were there, {report['seconds']:.1f} s")
@@ -162,7 +162,7 @@ def build(
     root = project_root()
     store = open_store(root)
     image = Image.named(root, name)
-    built, seconds = assemble(image, store, lambda artifacts: _get(store, artifacts), jobs)
+    built, seconds = assemble(image, store, lambda artifacts: get_artifacts(store, artifacts), jobs)
     if output and output.suffix == ".tar":
         temporary = output.with_name(f".{output.name}.part")
         try:

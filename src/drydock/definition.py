@@ -77,6 +77,13 @@ class Exclusion(Model):
     reason: Reason
 
 
+class Overlap(Model):
+    """A distribution whose files replace those of others where they ship the same path."""
+
+    over: Annotated[tuple[str, ...], Field(min_length=1)]
+    reason: Reason
+
+
 class SourceBuild(Model):
     """A package without a wheel, built once into one; `build_requires` are exact and hashed in the lock."""
 
@@ -93,6 +100,9 @@ class Engine(Model):
     overrides: dict[str, Override] = {}
     exclusions: dict[str, Exclusion] = {}
     source_builds: dict[str, SourceBuild] = {}
+    overlaps: dict[str, Overlap] = Field(
+        default={}, description="winner -> losers among distributions that ship one path with different content"
+    )
     environment: dict[str, str] = {}
     labels: dict[str, str] = {}
     distribution: str = Field(description="the engine's own distribution name")
@@ -241,7 +251,7 @@ def read_definition(path: Path) -> Definition:
     ):
         raise DrydockError(f"{path}: accelerator: kind cuda needs minimum-driver and sm")
     for engine_name, engine in definition.engine.items():
-        for table in ("overrides", "exclusions", "source_builds"):
+        for table in ("overrides", "exclusions", "source_builds", "overlaps"):
             for name in getattr(engine, table):
                 if canonicalize_name(name) != name:
                     raise DrydockError(

@@ -13,6 +13,7 @@ from typing import IO, BinaryIO, NamedTuple, cast
 
 import zstandard
 
+from drydock.errors import DrydockError
 from drydock.oci import EPOCH
 from drydock.store import CHUNK, BlobWriter, Store
 
@@ -29,6 +30,14 @@ class Row(NamedTuple):
     owner: str
 
 
+def overlap(first: Row, second: Row) -> DrydockError:
+    """Two owners of one path do not agree on its content, and nobody has said which is right."""
+    return DrydockError(
+        f"{first.owner} and {second.owner} both ship {first.path}, with different content: say in the definition's "
+        f"overlaps which one is over the other, and why"
+    )
+
+
 @dataclass
 class LayerWriter:
     """Appends to the tar of one layer; `open_layer` makes and finishes it.
@@ -42,6 +51,7 @@ class LayerWriter:
     unpacked: int = 0
     owner: str = "drydock"
     rows: list[Row] = field(default_factory=list)
+    _places: dict[str, Row] = field(default_factory=dict)
     _folders: set[str] = field(default_factory=set)
 
     def _write(self, data: bytes) -> None:
@@ -73,13 +83,21 @@ class LayerWriter:
     def file(
         self, path: str, content: bytes | BinaryIO, size: int | None = None, mode: int = 0o644, uid: int = 0, gid: int = 0
     ) -> tuple[bytes, int]:
-        """A file, from bytes or from a stream of `size` bytes; returns its sha256 (raw) and size."""
-        self._parents(path)
+        """A file, from bytes or from a stream of `size` bytes; returns its sha256 (raw) and size.
+
+        A path that the layer has already is left as it is, if the content is the same.
+
+        Raises:
+            DrydockError: the layer has the path with other content.
+        """
         if isinstance(content, bytes):
             size = len(content)
             content = io.BytesIO(content)
         assert size is not None
-        self._header(path, size=size, mode=mode, uid=uid, gid=gid)
+        again = self._places.get(path)
+        if not again:
+            self._parents(path)
+            self._header(path, size=size, mode=mode, uid=uid, gid=gid)
         digest = hashlib.sha256()
         left = size
         while left:
@@ -87,24 +105,33 @@ class LayerWriter:
             if not data:
                 raise EOFError(f"{path} is {left} bytes shorter than announced")
             digest.update(data)
-            self._write(data)
+            if not again:
+                self._write(data)
             left -= len(data)
-        self._write(b"\0" * (-size % tarfile.BLOCKSIZE))
-        self.rows.append(Row(path, f"sha256={digest.hexdigest()}", str(size), self.owner))
+        if not again:
+            self._write(b"\0" * (-size % tarfile.BLOCKSIZE))
+        self._place(Row(path, f"sha256={digest.hexdigest()}", str(size), self.owner))
         return digest.digest(), size
+
+    def _place(self, row: Row) -> bool:
+        """Note what the layer holds at a path; whether it is new there."""
+        self.rows.append(row)
+        first = self._places.setdefault(row.path, row)
+        if first.hash != row.hash:
+            raise overlap(first, row)
+        return first is row
 
     def symlink(self, path: str, target: str) -> None:
         """A symbolic link."""
-        self._parents(path)
-        self._header(path, type=tarfile.SYMTYPE, linkname=target, mode=0o777)
-        self.rows.append(Row(path, f"symlink={target}", "", self.owner))
+        if self._place(Row(path, f"symlink={target}", "", self.owner)):
+            self._parents(path)
+            self._header(path, type=tarfile.SYMTYPE, linkname=target, mode=0o777)
 
     def hardlink(self, path: str, target: str) -> None:
         """Another name for a file that this layer already holds at `target`."""
-        self._parents(path)
-        self._header(path, type=tarfile.LNKTYPE, linkname=target)
-        original = next(row for row in reversed(self.rows) if row.path == target)
-        self.rows.append(original._replace(path=path, owner=self.owner))
+        if self._place(self._places[target]._replace(path=path, owner=self.owner)):
+            self._parents(path)
+            self._header(path, type=tarfile.LNKTYPE, linkname=target)
 
 
 @dataclass

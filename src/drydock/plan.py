@@ -95,9 +95,12 @@ def plan_layers(image: Image, lock: PyLock, base: DebianLock, tools: Toolchain) 
     library = [artifact for artifact in debs if artifact.name.startswith(f"libpython{series}-")]
     specs.append(spec("stdlib", f"bytecode of Python {series}'s library", library, tools.key))
     wheels = sorted((package.wheel for package in lock.packages), key=lambda artifact: artifact.name)
-    ranked: list[list[tuple[str, list[Artifact]]]] = [[], [], [], [], []]
-    for title, group in _grouped(wheels, LARGE_WHEEL, WHEEL_BUCKETS, "python"):
+    ranked: list[list[tuple[str, list[Artifact]]]] = [[], [], [], [], [], []]
+    # A distribution whose files replace another's comes after all others, in a layer of its own.
+    winners = image.engine.overlaps
+    for title, group in _grouped([wheel for wheel in wheels if wheel.name not in winners], LARGE_WHEEL, WHEEL_BUCKETS, "python"):
         ranked[_rank(group, image.engine.distribution)].append((title, group))
+    ranked[5] = [(f"{wheel.name} {wheel.version}", [wheel]) for wheel in wheels if wheel.name in winners]
     for rank in ranked:
         specs += [spec("wheels", title, group, series, PREFIX, tools.key) for title, group in rank]
     return specs

@@ -1,0 +1,33 @@
+"""drydock's sessions. Each runs in the environment that `make bootstrap` made from lock/drydock.txt."""
+
+from __future__ import annotations
+
+import sys
+
+import nox
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "tests"]
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """drydock's own tests; those of a real image build a small one first. Takes pytest's arguments."""
+    session.run(sys.executable, "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff (rules and format) and mypy."""
+    session.run(sys.executable, "-m", "ruff", "check", ".")
+    session.run(sys.executable, "-m", "ruff", "format", "--check", ".")
+    session.run(sys.executable, "-m", "mypy")
+
+
+@nox.session(tags=["fast"])
+def vllm_fast(session: nox.Session) -> None:
+    """Build or reuse vLLM's image for the hardware found, verify it, run its tiers inside it.
+
+    Narrow it with `-- --hardware cpu --runtime chroot --tier rollout -k greedy`.
+    """
+    session.run(sys.executable, "-m", "drydock.session", "vllm", "fast", *session.posargs)
