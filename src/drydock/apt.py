@@ -25,7 +25,11 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
 def lock_base(
-    root: Path, request: DebianRequest, architecture: Architecture, mirrors: Mapping[str, list[str]], keep: Mapping[str, str]
+    root: Path,
+    request: DebianRequest,
+    architecture: Architecture,
+    mirrors: Mapping[str, list[str]],
+    keep: Mapping[str, str],
 ) -> dict[str, Any]:
     """Resolve a base for one architecture and write `lock/debian-<release>-<architecture>.toml`.
 
@@ -47,7 +51,9 @@ def lock_base(
         apt.run("apt-get", "update", "-q")
         available = apt.available()
         pins = [f"{name}={version}" for name, version in keep.items() if (name, version) in available]
-        essential = sorted({name for (name, _), entry in available.items() if entry.get("Essential") == "yes"})
+        essential = sorted(
+            {name for (name, _), entry in available.items() if entry.get("Essential") == "yes"}
+        )
         wanted = {name.partition("=")[0]: name for name in (*essential, *request.packages, *pins)}
         chosen = apt.simulate(sorted(wanted.values()))
         packages = []
@@ -123,7 +129,9 @@ class Apt:
         """Run one of apt's tools against this root and return what it printed."""
         done = subprocess.run([tool, *self.options, *arguments], capture_output=True, text=True, check=False)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith("E:")] or [done.stderr.strip()]
+            said = [line for line in done.stderr.splitlines() if line.startswith("E:")] or [
+                done.stderr.strip()
+            ]
             raise DrydockError(f"{tool} {arguments[0]}: {said[0][:300]}")
         return done.stdout
 

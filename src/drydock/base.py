@@ -28,10 +28,23 @@ def add_base_files(layer: LayerWriter, store: Store, image: Image, lock: DebianL
     debs = {package.name: package.artifact for package in lock.packages}
     for path in ("tmp", "var/tmp", "run/lock"):
         layer.folder(path, 0o1777)
-    for path in ("media", "mnt", "opt", "srv", "usr/local/bin", "usr/local/include", "usr/local/lib", "usr/local/sbin"):
+    for path in (
+        "media",
+        "mnt",
+        "opt",
+        "srv",
+        "usr/local/bin",
+        "usr/local/include",
+        "usr/local/lib",
+        "usr/local/sbin",
+    ):
         layer.folder(path)
     with open_deb(store, debs["base-passwd"]) as deb:
-        _add_accounts(layer, _text(deb, "usr/share/base-passwd/passwd.master"), _text(deb, "usr/share/base-passwd/group.master"))
+        _add_accounts(
+            layer,
+            _text(deb, "usr/share/base-passwd/passwd.master"),
+            _text(deb, "usr/share/base-passwd/group.master"),
+        )
     with open_deb(store, debs["base-files"]) as deb:
         layer.file("etc/profile", _bytes(deb, "usr/share/base-files/profile"))
         for home, uid in (("root", 0), (f"home/{USER}", USER_ID)):
@@ -65,13 +78,16 @@ def _add_accounts(layer: LayerWriter, passwd: str, group: str) -> None:
     """Debian's own accounts, all locked, and the ordinary user."""
     passwd += f"{USER}:x:{USER_ID}:{USER_ID}:drydock:/home/{USER}:/bin/bash\n"
     passwd = "".join(
-        ":".join([name, "x", *rest]) + "\n" for name, _, *rest in (line.split(":") for line in passwd.splitlines())
+        ":".join([name, "x", *rest]) + "\n"
+        for name, _, *rest in (line.split(":") for line in passwd.splitlines())
     )
     layer.file("etc/passwd", passwd.encode())
     layer.file("etc/group", (group + f"{USER}:x:{USER_ID}:\n").encode())
     names = [line.split(":")[0] for line in passwd.splitlines()]
     # "!" locks the password; 3652 days is 1980-01-01, when everything in an image happened.
-    layer.file("etc/shadow", "".join(f"{name}:!:3652:0:99999:7:::\n" for name in names).encode(), mode=0o640, gid=42)
+    layer.file(
+        "etc/shadow", "".join(f"{name}:!:3652:0:99999:7:::\n" for name in names).encode(), mode=0o640, gid=42
+    )
     layer.file("etc/shells", b"/bin/sh\n/bin/bash\n/usr/bin/bash\n/usr/bin/sh\n")
 
 
@@ -79,11 +95,15 @@ def _add_certificates(layer: LayerWriter, deb: DebFile) -> None:
     """The CA bundle where OpenSSL, GnuTLS and Go look for it: Debian's path, and OpenSSL's default file."""
     folder = "usr/share/ca-certificates/"
     names = sorted(
-        name for name in (posixpath.normpath(str(member)).lstrip("/") for member in deb.data) if name.startswith(folder) and name.endswith(".crt")
+        name
+        for name in (posixpath.normpath(str(member)).lstrip("/") for member in deb.data)
+        if name.startswith(folder) and name.endswith(".crt")
     )
     bundle = b"".join(_bytes(deb, name).rstrip(b"\n") + b"\n" for name in names)
     layer.file("etc/ssl/certs/ca-certificates.crt", bundle)
-    layer.file("etc/ca-certificates.conf", "".join(f"{name.removeprefix(folder)}\n" for name in names).encode())
+    layer.file(
+        "etc/ca-certificates.conf", "".join(f"{name.removeprefix(folder)}\n" for name in names).encode()
+    )
     layer.symlink("etc/ssl/cert.pem", "certs/ca-certificates.crt")
 
 
@@ -119,7 +139,15 @@ def add_dpkg_database(layer: LayerWriter, store: Store, lock: DebianLock) -> Non
     layer.owner = "drydock"
     layer.file("var/lib/dpkg/status", dpkg_status(store, lock))
     layer.file("var/lib/dpkg/info/format", b"1\n")
-    for name in ("available", "diversions", "statoverride", "lock", "lock-frontend", "triggers/Unincorp", "triggers/Lock"):
+    for name in (
+        "available",
+        "diversions",
+        "statoverride",
+        "lock",
+        "lock-frontend",
+        "triggers/Unincorp",
+        "triggers/Lock",
+    ):
         layer.file(f"var/lib/dpkg/{name}", b"")
     layer.folder("var/lib/dpkg/updates")
 

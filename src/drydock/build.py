@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from drydock.base import add_base_files, add_dpkg_database, base_environment, python_version, stdlib_sources
-from drydock.bytecode import Compiler, Toolchain, builder_architecture, compiled, pyc_path, toolchain, unpack_toolchain
+from drydock.bytecode import (
+    Compiler,
+    Toolchain,
+    builder_architecture,
+    pyc_path,
+    toolchain,
+    unpack_toolchain,
+)
 from drydock.debs import add_deb, open_deb
 from drydock.definition import Image
 from drydock.errors import DrydockError
@@ -63,7 +70,9 @@ class Inputs:
         problems = check_pylock(image, self.lock) + check_debian_lock(image.base, self.base)
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise DrydockError(f"the lock of {image.name} is wrong: {problems[0]}{more}: run `drydock lock {image.name}`")
+            raise DrydockError(
+                f"the lock of {image.name} is wrong: {problems[0]}{more}: run `drydock lock {image.name}`"
+            )
         self.tools: Toolchain = toolchain(image.definition.python, self.base, self.builder)
 
     def artifacts(self) -> list[Artifact]:
@@ -125,13 +134,17 @@ def _layer(spec: Spec, record: Mapping[str, Any], made: bool) -> Layer:
         diff_id=record["diff-id"],
         unpacked=record["unpacked"],
         title=spec.title,
-        contents=tuple(f"{artifact.name} {artifact.version}" for artifact in spec.artifacts if spec.kind != "base"),
+        contents=tuple(
+            f"{artifact.name} {artifact.version}" for artifact in spec.artifacts if spec.kind != "base"
+        ),
         key=spec.key,
         made=made,
     )
 
 
-def _have_artifacts(store: Store, inputs: Inputs, missing: list[Spec], get: Callable[[list[Artifact]], object]) -> None:
+def _have_artifacts(
+    store: Store, inputs: Inputs, missing: list[Spec], get: Callable[[list[Artifact]], object]
+) -> None:
     """Fetch what the missing layers are made of, and build the wheels that nobody published."""
     packages = {package.name: package for package in inputs.lock.packages}
     wanted: dict[str, Artifact] = {}
@@ -198,7 +211,9 @@ def _make(spec: Spec) -> dict[str, Any]:
                     with open_deb(worker.store, artifact) as deb:
                         add_deb(layer, deb, artifact.name)
                 elif spec.kind == "wheels":
-                    installed.append(add_wheel(layer, worker.store, artifact, worker.compiler, worker.inputs.tools))
+                    installed.append(
+                        add_wheel(layer, worker.store, artifact, worker.compiler, worker.inputs.tools)
+                    )
                 elif spec.kind == "stdlib":
                     _add_stdlib(layer, worker, artifact)
                 worker.told.put(("advance", spec.title, artifact.size))
@@ -226,22 +241,14 @@ def _add_stdlib(layer: LayerWriter, worker: _Worker, artifact: Artifact) -> None
     """Bytecode of the library's sources in one deb; the sources are in the deb's own layer."""
     series = worker.inputs.tools.series
     layer.owner = "drydock"
-    with open_deb(worker.store, artifact) as deb:
-        data = worker.store.tmp / f"data-{artifact.sha256[:16]}-{os.getpid()}.tar"
-        try:
-            # The compiler's Python reads a tar; a deb wraps one in an ar archive.
-            with data.open("wb") as file:
-                sources = stdlib_sources(_copy_tar(deb, file), series)
-            output = worker.store.tmp / f"pyc-{artifact.sha256[:16]}-{os.getpid()}.zip"
-            try:
-                worker.compiler.compile(data, sources, output)
-                with zipfile.ZipFile(output) as archive:
-                    for path in sorted(archive.namelist()):
-                        layer.file(pyc_path(path, series), archive.read(path))
-            finally:
-                output.unlink(missing_ok=True)
-        finally:
-            data.unlink(missing_ok=True)
+    with open_deb(worker.store, artifact) as deb, worker.store.scratch() as scratch:
+        # The compiler's Python reads a tar; a deb wraps one in an ar archive.
+        with (scratch / "data.tar").open("wb") as file:
+            sources = stdlib_sources(_copy_tar(deb, file), series)
+        worker.compiler.compile(scratch / "data.tar", sources, scratch / "pyc.zip")
+        with zipfile.ZipFile(scratch / "pyc.zip") as archive:
+            for path in sorted(archive.namelist()):
+                layer.file(pyc_path(path, series), archive.read(path))
 
 
 def _copy_tar(deb: Any, file: Any) -> list[str]:
@@ -339,7 +346,11 @@ def _make_manifest(
         distributions += [Installed(**entry) for entry in facts["distributions"]]
     # Files of wheels are in their RECORDs; base.RECORD has everything else.
     wheels = {entry.name for entry in distributions}
-    rows = {path: row for path, row in rows.items() if row.owner not in wheels or not path.startswith(f"{PREFIX}/")}
+    rows = {
+        path: row
+        for path, row in rows.items()
+        if row.owner not in wheels or not path.startswith(f"{PREFIX}/")
+    }
     with open_layer(store) as (layer, written):
         for name, path in _carried(inputs.image).items():
             layer.file(f"{SHARE}/{name}", path.read_bytes())
@@ -386,7 +397,12 @@ def manifest(inputs: Inputs, distributions: list[Installed], base_record: str) -
         "prefix": f"/{PREFIX}",
         "site-packages": f"/{site_packages(definition.python)}",
         "distributions": [
-            {"name": entry.name, "version": entry.version, "dist-info": entry.dist_info, "record": entry.record}
+            {
+                "name": entry.name,
+                "version": entry.version,
+                "dist-info": entry.dist_info,
+                "record": entry.record,
+            }
             for entry in sorted(distributions, key=lambda entry: entry.name)
         ],
         "debs": [
@@ -444,5 +460,3 @@ def as_json(built: Built, seconds: float) -> dict[str, Any]:
         ],
         "seconds": round(seconds, 3),
     }
-
-

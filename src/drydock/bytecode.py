@@ -8,11 +8,8 @@ makes an aarch64 image's bytecode without emulation; both locks must hold the sa
 from __future__ import annotations
 
 import json
-import os
 import platform
-import shutil
 import subprocess
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -90,16 +87,12 @@ def unpack_toolchain(store: Store, tools: Toolchain) -> Path:
     with store.lock(f"toolchain-{tools.folder_name}"):
         if folder.is_dir():
             return folder
-        temporary = Path(tempfile.mkdtemp(dir=store.tmp, prefix="toolchain-"))
-        try:
+        with store.scratch() as scratch:
             for artifact in tools.debs:
                 with open_deb(store, artifact) as deb, deb.data.tgz() as tar:
-                    tar.extractall(temporary, filter="tar")
+                    tar.extractall(scratch / "root", filter="tar")
             folder.parent.mkdir(exist_ok=True)
-            temporary.rename(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            (scratch / "root").rename(folder)
     return folder
 
 
@@ -109,9 +102,20 @@ class Compiler:
     def __init__(self, folder: Path, series: str) -> None:
         machine = platform.machine()
         libraries = folder / "usr/lib" / f"{machine}-linux-gnu"
-        (loader,) = [path for path in (folder / "usr/lib64", folder / "usr/lib") for path in path.glob("ld-linux-*")]
+        (loader,) = [
+            path for path in (folder / "usr/lib64", folder / "usr/lib") for path in path.glob("ld-linux-*")
+        ]
         self._process = subprocess.Popen(
-            [loader, "--library-path", libraries, folder / f"usr/bin/python{series}", "-S", "-s", "-B", WORKER],
+            [
+                loader,
+                "--library-path",
+                libraries,
+                folder / f"usr/bin/python{series}",
+                "-S",
+                "-s",
+                "-B",
+                WORKER,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -143,7 +147,9 @@ class Compiler:
         self._process.wait()
 
 
-def compiled(store: Store, compiler: Compiler, tools_key: str, artifact: Artifact, sources: Mapping[str, str]) -> Path:
+def compiled(
+    store: Store, compiler: Compiler, tools_key: str, artifact: Artifact, sources: Mapping[str, str]
+) -> Path:
     """The zip of .pyc for an artifact's sources, from the store when it was compiled before.
 
     Parameters:
@@ -156,16 +162,11 @@ def compiled(store: Store, compiler: Compiler, tools_key: str, artifact: Artifac
         if sha256_file(store.path(record["digest"])) == record["digest"]:
             return store.path(record["digest"])
         store.discard(record["digest"])
-    handle, name = tempfile.mkstemp(dir=store.tmp, prefix="pyc-")
-    os.close(handle)
-    path = Path(name)
-    try:
+    with store.scratch() as scratch:
+        path = scratch / "pyc.zip"
         compiler.compile(store.path(artifact.sha256), sources, path)
         digest = sha256_file(path)
         store.adopt(path, digest)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
     store.write_record("bytecode", key, {"digest": digest})
     return store.path(digest)
 

@@ -23,7 +23,9 @@ app = typer.Typer(
     help="Reproducible environments for LLM reinforcement-learning stacks.",
 )
 
-Names = Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="images; all when none is named")]
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="[IMAGE]...", help="images; all when none is named")
+]
 Name = Annotated[str, typer.Argument(metavar="IMAGE", help="an image, as `drydock images` lists them")]
 Json = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 RuntimeName = Annotated[str, typer.Option("--runtime", help="auto, docker or chroot")]
@@ -83,7 +85,8 @@ def images(as_json: Json = False) -> None:
             row["state"] = str(error)
         rows.append(row)
     if as_json:
-        return _say(rows)
+        _say(rows)
+        return
     for row in rows:
         print(f"{row['image']:<14} {row['architecture']:<6} {row['summary']}")
         print(f"{'':<14} {row.get('built') or row['state']}")
@@ -92,8 +95,12 @@ def images(as_json: Json = False) -> None:
 @app.command()
 def lock(
     names: Names = None,
-    check: Annotated[bool, typer.Option("--check", help="only say whether the locks are right, offline")] = False,
-    upgrade: Annotated[list[str] | None, typer.Option("--upgrade", metavar="PKG", help="move this package")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="only say whether the locks are right, offline")
+    ] = False,
+    upgrade: Annotated[
+        list[str] | None, typer.Option("--upgrade", metavar="PKG", help="move this package")
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="only the bases' Debian packages")] = False,
     as_json: Json = False,
 ) -> None:
@@ -112,14 +119,17 @@ def lock(
         if not answer["ok"]:
             bad = sum(1 for row in answer["locks"] if row["problems"])
             raise CheckFailed(f"{bad} of {len(answer['locks'])} locks are not right")
-        return None
-    changes = relock.lock(chosen, open_store(root), os.environ, upgrade=tuple(upgrade or ()), only_base=base)
+        changes = relock.lock(
+            chosen, open_store(root), os.environ, upgrade=tuple(upgrade or ()), only_base=base
+        )
     if as_json:
-        return _say(changes)
+        _say(changes)
+        return
     for change in changes:
-        print(f"{change['lock']}: {change['package']} {change['from'] or '(new)'} -> {change['to'] or '(gone)'}")
+        print(
+            f"{change['lock']}: {change['package']} {change['from'] or '(new)'} -> {change['to'] or '(gone)'}"
+        )
     print(f"{len(changes)} changes", file=sys.stderr)
-    return None
 
 
 @app.command()
@@ -136,16 +146,21 @@ def fetch(names: Names = None, as_json: Json = False) -> None:
         artifacts |= {artifact.sha256: artifact for artifact in Inputs(Image.named(root, name)).artifacts()}
     report = asdict(get_artifacts(store, list(artifacts.values())))
     if as_json:
-        return _say(report)
+        _say(report)
+        return
     print(f"{report['fetched']} fetched, {report['present']} were there, {report['seconds']:.1f} s")
-    return None
 
 
 @app.command()
 def build(
     name: Name,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="PATH", help="also write an OCI layout folder, or an archive if PATH ends in .tar")
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="PATH",
+            help="also write an OCI layout folder, or an archive if PATH ends in .tar",
+        ),
     ] = None,
     load: Annotated[bool, typer.Option("--load", help="load it into Docker")] = False,
     record: Annotated[bool, typer.Option("--record", help="write its digests into lock/images.toml")] = False,
@@ -162,15 +177,19 @@ def build(
     root = project_root()
     store = open_store(root)
     image = Image.named(root, name)
+    if output and output.suffix != ".tar" and output.exists() and not output.is_dir():
+        raise DrydockError(f"{output} is a file: name a folder, or a path that ends in .tar")
     built, seconds = assemble(image, store, lambda artifacts: get_artifacts(store, artifacts), jobs)
     if output and output.suffix == ".tar":
-        temporary = output.with_name(f".{output.name}.part")
-        try:
-            with disk_errors(output.parent), temporary.open("wb") as file:
-                oci.write_archive(store, built, file)
-            temporary.rename(output)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with disk_errors(output.parent):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            temporary = output.with_name(f".{output.name}.part")
+            try:
+                with temporary.open("wb") as file:
+                    oci.write_archive(store, built, file)
+                temporary.rename(output)
+            finally:
+                temporary.unlink(missing_ok=True)
     elif output:
         oci.write_layout(store, built, output)
     if load:
@@ -181,12 +200,13 @@ def build(
         write_record(root, built)
     recorded = compare(root, built)
     if as_json:
-        return _say(describe(built, seconds) | {"recorded": recorded})
+        _say(describe(built, seconds) | {"recorded": recorded})
+        return
     made = sum(layer.made for layer in built.layers)
     print(f"{built.name} sha256:{built.digest}")
-    print(f"config sha256:{built.config_digest}, {len(built.layers)} layers ({made} made), {built.size / 1e9:.2f} GB, {seconds:.1f} s")
+    size = f"{len(built.layers)} layers ({made} made), {built.size / 1e9:.2f} GB"
+    print(f"config sha256:{built.config_digest}, {size}, {seconds:.1f} s")
     print(f"lock/images.toml: {recorded}")
-    return None
 
 
 def _task(root: Path, results: Path | None, command: list[str], **extra: Any) -> Any:
@@ -210,12 +230,16 @@ def _prepared(root: Path, name: str, runtime_name: str) -> tuple[Any, Store, Bui
 @app.command(context_settings={"ignore_unknown_options": True})
 def run(
     name: Name,
-    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="program and arguments, after --")],
+    command: Annotated[
+        list[str], typer.Argument(metavar="COMMAND...", help="program and arguments, after --")
+    ],
     runtime: RuntimeName = "auto",
     results: Annotated[Path | None, typer.Option("--results", help="folder mounted at /results")] = None,
     user: Annotated[str, typer.Option("--user", help="root or drydock")] = "root",
     environment: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE")] = None,
-    interactive: Annotated[bool, typer.Option("--interactive", "-i", help="pass standard input through")] = False,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", "-i", help="pass standard input through")
+    ] = False,
 ) -> None:
     """Run a command in a built image; the checkout is at /drydock, read-only."""
     from drydock.hardware import gpus_here
@@ -237,7 +261,9 @@ def run(
 
 @app.command()
 def verify(
-    name: Annotated[str | None, typer.Argument(metavar="[IMAGE]", help="an image; none inside of one")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[IMAGE]", help="an image; none inside of one")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="compare hashes, not sizes")] = False,
     as_json: Json = False,
     runtime: RuntimeName = "auto",

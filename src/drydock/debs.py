@@ -43,14 +43,18 @@ def checked(store: Store, artifact: Artifact) -> None:
         raise DrydockError(f"{artifact} is not in {store.root}: run `drydock fetch`")
     if sha256_file(store.path(artifact.sha256)) != artifact.sha256:
         store.discard(artifact.sha256)
-        raise DrydockError(f"{artifact} was corrupt in {store.root} and has been removed: run the build again")
+        raise DrydockError(
+            f"{artifact} was corrupt in {store.root} and has been removed: run the build again"
+        )
 
 
 def status_paragraph(deb: DebFile) -> str:
     """What dpkg's status file says of the package once it is installed."""
     control = deb.debcontrol()
     lines = [f"Package: {control['Package']}", "Status: install ok installed"]
-    conffiles = deb.control.get_content("conffiles", encoding="utf-8") if deb.control.has_file("conffiles") else ""
+    conffiles = (
+        deb.control.get_content("conffiles", encoding="utf-8") if deb.control.has_file("conffiles") else ""
+    )
     for key, value in control.items():
         if key != "Package":
             lines.append(f"{key}: {value}")
@@ -109,7 +113,9 @@ def add_deb(layer: LayerWriter, deb: DebFile, name: str) -> None:
 
 
 def _control_files(deb: DebFile) -> list[str]:
-    return [posixpath.normpath(_text(name)).lstrip("./") for name in deb.control if _text(name) not in (".", "./")]
+    return [
+        posixpath.normpath(_text(name)).lstrip("./") for name in deb.control if _text(name) not in (".", "./")
+    ]
 
 
 def _merged(path: str) -> str:
@@ -127,4 +133,6 @@ def _add_member(layer: LayerWriter, tar: tarfile.TarFile, member: tarfile.TarInf
         stream = cast(BinaryIO, tar.extractfile(member))
         layer.file(path, stream, member.size, member.mode, member.uid, member.gid)
     else:
-        raise DrydockError(f"{layer.owner}: {path} is a device or a pipe, which no package of a base should hold")
+        raise DrydockError(
+            f"{layer.owner}: {path} is a device or a pipe, which no package of a base should hold"
+        )

@@ -101,7 +101,8 @@ class Engine(Model):
     exclusions: dict[str, Exclusion] = {}
     source_builds: dict[str, SourceBuild] = {}
     overlaps: dict[str, Overlap] = Field(
-        default={}, description="winner -> losers among distributions that ship one path with different content"
+        default={},
+        description="winner -> losers among distributions that ship one path with different content",
     )
     environment: dict[str, str] = {}
     labels: dict[str, str] = {}
@@ -200,7 +201,8 @@ class Image:
         request = root / "images" / f"debian-{definition.base.release}.toml"
         if not request.is_file():
             raise DrydockError(
-                f"{path.relative_to(root)}: base.release: there is no {request.relative_to(root)} to say what that holds"
+                f"{path.relative_to(root)}: base.release: there is no {request.relative_to(root)}, "
+                "which would say what that holds"
             )
         return cls(root, definition, engine, read_toml(request, DebianRequest))
 

@@ -79,7 +79,12 @@ class DockerRuntime:
                 with _archive(store, built, progress) as chunks:
                     # An iterator and no file: of a file, requests would send line by line.
                     self._client.images.load(chunks)  # type: ignore[arg-type]
-            except (DockerException, OSError) as error:
+            except BaseException as error:
+                # The engine names an image before it has seen that a layer of it is missing or wrong.
+                with contextlib.suppress(DockerException, OSError):
+                    self._client.images.remove(built.reference, force=True)
+                if not isinstance(error, (DockerException, OSError)):
+                    raise
                 check_blobs(store, built.layers)
                 raise DrydockError(self._refusal(built, _reason(error))) from error
         if not self._loaded(built):

@@ -19,4 +19,4 @@ class CheckFailed(DrydockError):
 
 
 class OutOfSpace(DrydockError):
-    """The disk that holds the store is full; what was half written has been removed."""
+    """The disk that holds the store is full; nothing half written is left but downloads to resume."""

@@ -572,9 +572,7 @@ def _retry_after(text: str) -> float | None:
     return None
 
 
-def _message(
-    artifact: Artifact, failures: Sequence[_Failure], mirrors: Mapping[str, Sequence[str]]
-) -> str:
+def _message(artifact: Artifact, failures: Sequence[_Failure], mirrors: Mapping[str, Sequence[str]]) -> str:
     """One line: what is not to be had, what each place said, and what to do."""
     said = "; ".join(dict.fromkeys(failure.reason for failure in failures))
     kinds = {failure.kind for failure in failures}

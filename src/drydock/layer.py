@@ -15,7 +15,7 @@ import zstandard
 
 from drydock.errors import DrydockError
 from drydock.oci import EPOCH
-from drydock.store import CHUNK, BlobWriter, Store
+from drydock.store import CHUNK, Store
 
 LEVEL = 3
 """zstd's own default; see benchmarks/build.py for what it costs and gives."""
@@ -81,7 +81,13 @@ class LayerWriter:
         self._header(path + "/", type=tarfile.DIRTYPE, mode=mode, uid=uid, gid=gid)
 
     def file(
-        self, path: str, content: bytes | BinaryIO, size: int | None = None, mode: int = 0o644, uid: int = 0, gid: int = 0
+        self,
+        path: str,
+        content: bytes | BinaryIO,
+        size: int | None = None,
+        mode: int = 0o644,
+        uid: int = 0,
+        gid: int = 0,
     ) -> tuple[bytes, int]:
         """A file, from bytes or from a stream of `size` bytes; returns its sha256 (raw) and size.
 
@@ -157,7 +163,9 @@ def open_layer(store: Store) -> Iterator[tuple[LayerWriter, Written]]:
     with store.writer() as blob:
         # One thread a layer: layers are what runs in parallel, and zstd's bytes with and without
         # threads differ.
-        with zstandard.ZstdCompressor(level=LEVEL).stream_writer(cast(IO[bytes], blob), closefd=False) as stream:
+        with zstandard.ZstdCompressor(level=LEVEL).stream_writer(
+            cast(IO[bytes], blob), closefd=False
+        ) as stream:
             layer = LayerWriter(stream)
             yield layer, written
             layer._write(b"\0" * (2 * tarfile.BLOCKSIZE))

@@ -191,7 +191,9 @@ class DebianLock(Model):
         for package in self.packages:
             if package.name == name:
                 return package.version
-        raise DrydockError(f"debian-{self.release}-{self.architecture} does not hold {name}: run `drydock lock`")
+        raise DrydockError(
+            f"debian-{self.release}-{self.architecture} does not hold {name}: run `drydock lock`"
+        )
 
     def artifacts(self) -> list[Artifact]:
         return [package.artifact for package in self.packages]
@@ -353,7 +355,9 @@ def check_pylock(image: Image, lock: PyLock) -> list[str]:
         "platform_python_implementation": "CPython",
         "extra": "",
     }
-    overrides = {name: Requirement(f"{name}=={entry.version}") for name, entry in image.engine.overrides.items()}
+    overrides = {
+        name: Requirement(f"{name}=={entry.version}") for name, entry in image.engine.overrides.items()
+    }
     asked = [Requirement(text) for text in image.engine.requirements]
     for requirement in asked:
         if requirement.marker and not requirement.marker.evaluate(marker):
@@ -361,7 +365,9 @@ def check_pylock(image: Image, lock: PyLock) -> list[str]:
         name = canonicalize_name(requirement.name)
         problems += _check_asked(overrides.get(name, requirement), name, versions)
     problems += [
-        line for name, requirement in overrides.items() if name in versions
+        line
+        for name, requirement in overrides.items()
+        if name in versions
         for line in _check_asked(requirement, name, versions)
     ]
     problems += [f"{name} is excluded and locked" for name in image.engine.exclusions if name in versions]

@@ -70,7 +70,9 @@ def canonical(document: dict[str, Any]) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
-def config_document(image: Image, layers: tuple[Layer, ...], labels: dict[str, str], environment: dict[str, str]) -> dict[str, Any]:
+def config_document(
+    image: Image, layers: tuple[Layer, ...], labels: dict[str, str], environment: dict[str, str]
+) -> dict[str, Any]:
     """The OCI image config; `rootfs.diff_ids` makes its digest the image's identity."""
     return {
         "architecture": image.definition.architecture,
@@ -84,9 +86,7 @@ def config_document(image: Image, layers: tuple[Layer, ...], labels: dict[str, s
             "WorkingDir": "/",
         },
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{layer.diff_id}" for layer in layers]},
-        "history": [
-            {"created": CREATED, "created_by": f"drydock: {layer.title}"} for layer in layers
-        ],
+        "history": [{"created": CREATED, "created_by": f"drydock: {layer.title}"} for layer in layers],
     }
 
 
@@ -228,7 +228,9 @@ def write_layout(store: Store, built: Built, folder: Path) -> None:
                 store.link(content.name, path)
 
 
-def write_archive(store: Store, built: Built, file: IO[bytes], advance: Callable[[int], None] = lambda _: None) -> None:
+def write_archive(
+    store: Store, built: Built, file: IO[bytes], advance: Callable[[int], None] = lambda _: None
+) -> None:
     """Write the image as an OCI archive (one tar, the same bytes every time).
 
     `advance` is called with the number of bytes written since its last call.

@@ -90,7 +90,13 @@ def plan_layers(image: Image, lock: PyLock, base: DebianLock, tools: Toolchain) 
     for title, group in _grouped(debs, LARGE_DEB, DEB_BUCKETS, "debian"):
         specs.append(spec("debs", title, group))
     specs.append(
-        spec("base", "accounts, CA bundle, dpkg database, venv", debs, series, sorted(image.base.alternatives.items()))
+        spec(
+            "base",
+            "accounts, CA bundle, dpkg database, venv",
+            debs,
+            series,
+            sorted(image.base.alternatives.items()),
+        )
     )
     library = [artifact for artifact in debs if artifact.name.startswith(f"libpython{series}-")]
     specs.append(spec("stdlib", f"bytecode of Python {series}'s library", library, tools.key))
@@ -98,7 +104,9 @@ def plan_layers(image: Image, lock: PyLock, base: DebianLock, tools: Toolchain) 
     ranked: list[list[tuple[str, list[Artifact]]]] = [[], [], [], [], [], []]
     # A distribution whose files replace another's comes after all others, in a layer of its own.
     winners = image.engine.overlaps
-    for title, group in _grouped([wheel for wheel in wheels if wheel.name not in winners], LARGE_WHEEL, WHEEL_BUCKETS, "python"):
+    for title, group in _grouped(
+        [wheel for wheel in wheels if wheel.name not in winners], LARGE_WHEEL, WHEEL_BUCKETS, "python"
+    ):
         ranked[_rank(group, image.engine.distribution)].append((title, group))
     ranked[5] = [(f"{wheel.name} {wheel.version}", [wheel]) for wheel in wheels if wheel.name in winners]
     for rank in ranked:
@@ -118,7 +126,9 @@ def _rank(group: list[Artifact], engine: str) -> int:
     return 4 if name == engine else 3
 
 
-def _grouped(artifacts: list[Artifact], large: int, buckets: int, title: str) -> list[tuple[str, list[Artifact]]]:
+def _grouped(
+    artifacts: list[Artifact], large: int, buckets: int, title: str
+) -> list[tuple[str, list[Artifact]]]:
     """Buckets of small artifacts, then each large one alone."""
     small: dict[int, list[Artifact]] = {}
     alone = []

@@ -98,14 +98,18 @@ class Progress:
             print(f"{self.title}: {text}", file=self._stream, flush=True)
 
     def _show(self) -> None:
-        names = ", ".join(self._running[:3]) + (f" and {len(self._running) - 3} more" if len(self._running) > 3 else "")
+        names = ", ".join(self._running[:3]) + (
+            f" and {len(self._running) - 3} more" if len(self._running) > 3 else ""
+        )
         if self._bar:
             self._bar.update(self._task, completed=self.seen, running=names)
             return
         now = time.monotonic()
         if now - self._told >= PLAIN_INTERVAL:
             self._told = now
-            self._line(f"{_bytes(self.seen)} of {_bytes(self.total)}, {self.seconds:.0f} s, running: {names or '-'}")
+            self._line(
+                f"{_bytes(self.seen)} of {_bytes(self.total)}, {self.seconds:.0f} s, running: {names or '-'}"
+            )
 
 
 def _bytes(count: int) -> str:

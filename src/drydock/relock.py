@@ -10,7 +10,8 @@ from typing import Any
 from packaging.utils import canonicalize_name
 
 from drydock.apt import lock_base
-from drydock.definition import Architecture, DebianRequest, Image, debian_lock_path
+from drydock.bytecode import toolchain
+from drydock.definition import MACHINES, Architecture, DebianRequest, Image, debian_lock_path
 from drydock.errors import DrydockError
 from drydock.indexes import debian_mirrors, read_indexes
 from drydock.locks import check_debian_lock, check_pylock, read_debian_lock, read_pylock
@@ -30,7 +31,12 @@ def versions(path: Path) -> dict[str, str]:
 
 
 def lock(
-    images: list[Image], store: Store, environ: Mapping[str, str], *, upgrade: tuple[str, ...] = (), only_base: bool = False
+    images: list[Image],
+    store: Store,
+    environ: Mapping[str, str],
+    *,
+    upgrade: tuple[str, ...] = (),
+    only_base: bool = False,
 ) -> list[Change]:
     """Lock the bases and the Python environments of images.
 
@@ -46,16 +52,29 @@ def lock(
     """
     moving = {canonicalize_name(name) for name in upgrade} | set(upgrade)
     before = {path: versions(path) for path in _paths(images, only_base)}
-    unknown = [name for name in upgrade if not any({name, canonicalize_name(name)} & set(found) for found in before.values())]
+    unknown = [
+        name
+        for name in upgrade
+        if not any({name, canonicalize_name(name)} & set(found) for found in before.values())
+    ]
     if unknown:
-        raise DrydockError(f"{unknown[0]} is in none of the locks: name a package of one, or ask for it in image.toml")
+        raise DrydockError(
+            f"{unknown[0]} is in none of the locks: name a package of one, or ask for it in image.toml"
+        )
     bases = {
-        debian_lock_path(image.root, image.base.release, image.definition.architecture): image for image in images
+        debian_lock_path(image.root, image.base.release, image.definition.architecture): image
+        for image in images
     }
     for path, image in bases.items():
         if upgrade and not moving & set(before[path]):
             continue
-        lock_base(image.root, image.base, image.definition.architecture, debian_mirrors(environ), _kept(before[path], moving))
+        lock_base(
+            image.root,
+            image.base,
+            image.definition.architecture,
+            debian_mirrors(environ),
+            _kept(before[path], moving),
+        )
     if not only_base:
         indexes = read_indexes(environ)
         for image in images:
@@ -66,7 +85,9 @@ def lock(
 
 
 def _paths(images: list[Image], only_base: bool) -> list[Path]:
-    paths = [image.debian_lock_path for image in images] + ([] if only_base else [image.pylock_path for image in images])
+    paths = [image.debian_lock_path for image in images] + (
+        [] if only_base else [image.pylock_path for image in images]
+    )
     return list(dict.fromkeys(paths))
 
 
@@ -89,7 +110,12 @@ def check(images: list[Image]) -> dict[str, Any]:
         (image.base.release, image.definition.architecture): (image.root, image.base) for image in images
     }
     for (release, architecture), (root, request) in bases.items():
-        rows.append({"lock": f"debian-{release}-{architecture}", "problems": _base_problems(root, request, architecture)})
+        rows.append(
+            {
+                "lock": f"debian-{release}-{architecture}",
+                "problems": _base_problems(root, request, architecture),
+            }
+        )
     for image in images:
         rows.append({"lock": f"pylock.{image.name}", "problems": _image_problems(image)})
     return {"ok": not any(row["problems"] for row in rows), "locks": rows}
@@ -104,6 +130,15 @@ def _base_problems(root: Path, request: DebianRequest, architecture: Architectur
 
 def _image_problems(image: Image) -> list[str]:
     try:
-        return check_pylock(image, read_pylock(image))
+        problems = check_pylock(image, read_pylock(image))
+        # A builder of either architecture must have the image's own Python, to compile for it.
+        bases = [
+            read_debian_lock(image.root, image.base, architecture)
+            for architecture in MACHINES
+            if debian_lock_path(image.root, image.base.release, architecture).is_file()
+        ]
+        for base in bases:
+            toolchain(image.definition.python, bases[0], base)
+        return problems
     except DrydockError as error:
         return [str(error)]

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import httpx
+import tomli_w
 from packaging.tags import Tag
 from packaging.utils import canonicalize_name
 from uv import find_uv_bin
@@ -108,14 +109,12 @@ def _compile(
             "".join(f"{name}=={entry.version}\n" for name, entry in engine.overrides.items())
         )
         (work / "excludes.txt").write_text("".join(f"{name}\n" for name in engine.exclusions))
-        # uv prefers the versions of an output file that is already there, in either format.
         output = work / "pylock.toml"
-        if keep:
-            (work / "kept.txt").write_text("".join(f"{name}=={version}\n" for name, version in keep.items()))
         arguments = [
             find_uv_bin(), "pip", "compile", "--no-header", "--no-annotate",
             "--python-version", image.definition.python,
             "--only-binary", ":all:",
+            "--format", "pylock.toml", "--output-file", output.name, "--quiet",
         ]  # fmt: skip
         arguments += [] if anything else ["--python-platform", platform(image)]
         for name in source_only:
@@ -128,20 +127,25 @@ def _compile(
         index_arguments, index_environment = uv_arguments(indexes)
         environment = {**os.environ, **index_environment}
 
-        def run(*last: str) -> subprocess.CompletedProcess[str]:
+        def run(*more: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(
-                [*arguments, *index_arguments, *last, "requirements.in"],
+                [*arguments, *index_arguments, *more, "requirements.in"],
                 cwd=work, env=environment, capture_output=True, text=True, check=False,
             )  # fmt: skip
 
+        done = None
         if keep:
-            # A requirements file as output is how uv takes preferences without making them constraints;
-            # what it answers then pins the second pass, which writes the hashes and sizes.
-            preferred = work / "kept.txt"
-            done = run("--output-file", preferred.name)
-            if not done.returncode:
-                arguments += ["--constraint", preferred.name]
-        done = run("--format", "pylock.toml", "--output-file", output.name, "--quiet")
+            (work / "kept.txt").write_text("".join(f"{name}=={version}\n" for name, version in keep.items()))
+            done = run("--constraint", "kept.txt")
+            if done.returncode:
+                # A definition that changed may not fit all of what was locked: then uv keeps what it can,
+                # as it does for the versions of an output file that is there already.
+                pins = [{"name": name, "version": version} for name, version in sorted(keep.items())]
+                output.write_text(
+                    tomli_w.dumps({"lock-version": "1.0", "created-by": "drydock", "packages": pins})
+                )
+        if done is None or done.returncode:
+            done = run()
         if done.returncode:
             raise DrydockError(f"{image.name} does not resolve: {_reason(done.stderr)}")
         packages: list[dict[str, Any]] = tomllib.loads(output.read_text())["packages"]
@@ -168,7 +172,9 @@ def _measure(address: str, indexes: Indexes) -> int:
     if local:
         return local.stat().st_size
     try:
-        answer = httpx.head(address, verify=indexes.tls(), auth=indexes.auth_for(address), follow_redirects=True)
+        answer = httpx.head(
+            address, verify=indexes.tls(), auth=indexes.auth_for(address), follow_redirects=True
+        )
         return int(answer.raise_for_status().headers["content-length"])
     except (httpx.HTTPError, KeyError) as error:
         raise DrydockError(
@@ -205,7 +211,12 @@ def _built_package(image: Image, store: Store, indexes: Indexes, entry: Mapping[
             "wheel": _pure_wheel(tool, indexes),
         }
         for tool in _compile(
-            image, indexes, list(image.engine.source_builds[name].build_requires), NO_PACKAGES, [], anything=True
+            image,
+            indexes,
+            list(image.engine.source_builds[name].build_requires),
+            NO_PACKAGES,
+            [],
+            anything=True,
         )
     ]
     artifacts = [

@@ -64,7 +64,12 @@ def build_wheel(store: Store, sdist: Artifact, requires: Iterable[Artifact]) -> 
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", code, str(work / "dist")],
             cwd=source,
-            env={"PATH": os.environ.get("PATH", ""), "SOURCE_DATE_EPOCH": str(EPOCH), "HOME": str(work), "LC_ALL": "C"},
+            env={
+                "PATH": os.environ.get("PATH", ""),
+                "SOURCE_DATE_EPOCH": str(EPOCH),
+                "HOME": str(work),
+                "LC_ALL": "C",
+            },
             capture_output=True,
             text=True,
             check=False,
@@ -74,7 +79,9 @@ def build_wheel(store: Store, sdist: Artifact, requires: Iterable[Artifact]) -> 
             raise DrydockError(f"building {sdist} failed: {last[:300]}")
         (wheel,) = (work / "dist").glob("*.whl")
         if not wheel.name.endswith("-none-any.whl"):
-            raise DrydockError(f"building {sdist} gave {wheel.name}: only pure wheels are the same everywhere")
+            raise DrydockError(
+                f"building {sdist} gave {wheel.name}: only pure wheels are the same everywhere"
+            )
         return wheel.name, normalize(wheel)
 
 

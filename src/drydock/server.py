@@ -126,7 +126,9 @@ class Server:
             with opener.open(request, timeout=timeout) as answer:
                 text = answer.read().decode()
         except urllib.error.HTTPError as error:
-            raise ServerError(f"{path}: HTTP {error.code}: {error.read().decode(errors='replace')[:500]}") from error
+            raise ServerError(
+                f"{path}: HTTP {error.code}: {error.read().decode(errors='replace')[:500]}"
+            ) from error
         try:
             return json.loads(text)
         except ValueError:
@@ -193,4 +195,7 @@ def _marked(mark: bytes) -> Iterator[tuple[int, str]]:
             # A zombie holds nothing and cannot be killed again.
             if (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 continue
-            yield int(folder.name), (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            yield (
+                int(folder.name),
+                (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"),
+            )

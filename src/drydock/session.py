@@ -38,7 +38,8 @@ def run_tiers(root: Path, arguments: argparse.Namespace) -> None:
 def _pytest(arguments: argparse.Namespace, checkout: str, results: str) -> list[str]:
     tiers = [arguments.tier] if arguments.tier else list(TIERS)
     return [
-        "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={checkout}", "-c", f"{checkout}/pyproject.toml",
+        "python", "-m", "pytest", "-q", "-p", "no:cacheprovider",
+        f"--rootdir={checkout}", "-c", f"{checkout}/pyproject.toml",
         f"--junitxml={results}/junit.xml",
         *([] if not arguments.keyword else ["-k", arguments.keyword]),
         *(f"{checkout}/tests/{tier}" for tier in tiers),
@@ -74,7 +75,10 @@ def _run_in_image(root: Path, results: Path, arguments: argparse.Namespace) -> N
     store = open_store(root)
     built, seconds = build(image, store, lambda artifacts: get_artifacts(store, artifacts))
     made = sum(layer.made for layer in built.layers)
-    print(f"{image.name} sha256:{built.digest}, {made} of {len(built.layers)} layers made, {seconds:.1f} s", flush=True)
+    print(
+        f"{image.name} sha256:{built.digest}, {made} of {len(built.layers)} layers made, {seconds:.1f} s",
+        flush=True,
+    )
     runtime = choose(arguments.runtime)
     began = time.monotonic()
     runtime.prepare(store, built)
@@ -95,14 +99,18 @@ def _run_in_image(root: Path, results: Path, arguments: argparse.Namespace) -> N
         status = runtime.run(store, built, task)
         print(f"{step} in {runtime.name}: {time.monotonic() - began:.1f} s, status {status}", flush=True)
         if status:
-            raise CheckFailed(f"{step} of {image.name} failed in {runtime.name} (status {status}); see {results}")
+            raise CheckFailed(
+                f"{step} of {image.name} failed in {runtime.name} (status {status}); see {results}"
+            )
 
 
 def main() -> None:
     """`python -m drydock.session ENGINE PROFILE [options]`."""
     from drydock.cli import project_root
 
-    parser = argparse.ArgumentParser(prog="nox -s ENGINE_PROFILE --", description="Run an engine's tiers in its image.")
+    parser = argparse.ArgumentParser(
+        prog="nox -s ENGINE_PROFILE --", description="Run an engine's tiers in its image."
+    )
     parser.add_argument("engine", help=argparse.SUPPRESS)
     parser.add_argument("profile", choices=["fast"], help=argparse.SUPPRESS)
     parser.add_argument("--hardware", help="cpu, h100 or gb200; what this machine has by default")

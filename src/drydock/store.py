@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,8 @@ from typing import Any, BinaryIO
 from drydock.errors import DrydockError, OutOfSpace
 
 CHUNK = 1 << 20
+SETTLED = 10.0
+"""Seconds after which a file under `tmp` that nobody has locked is a dead writer's."""
 
 
 def sha256_file(path: Path) -> str:
@@ -45,7 +48,7 @@ def disk_errors(where: Path) -> Iterator[None]:
                 f"no space left under {where}: free some, or set DRYDOCK_STORE to a folder on another disk; "
                 "what is complete is kept and the next run goes on from there"
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise DrydockError(
                 f"cannot write under {where} ({error.strerror}): set DRYDOCK_STORE to a folder of yours"
             ) from error
@@ -204,20 +207,35 @@ class Store:
         finally:
             os.close(handle)
 
-    def sweep(self) -> int:
-        """Remove what dead writers left under `tmp` and return the bytes freed.
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder on the store's disk, gone when the block ends; `sweep` leaves it alone until then."""
+        with disk_errors(self.root):
+            folder = Path(tempfile.mkdtemp(dir=self.tmp, prefix="scratch-"))
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(handle)
+
+    def sweep(self) -> None:
+        """Remove what dead writers left under `tmp`: whatever nobody holds a lock on.
 
         Partial downloads (`*.part`) stay: the next fetch resumes them.
         """
-        freed = 0
         for path in self.tmp.iterdir():
-            if path.suffix == ".part":
-                continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-                continue
-            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                freed += path.stat().st_size
-                path.unlink()
-        return freed
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                # A moment passes between the making of a file and its lock.
+                if path.suffix == ".part" or time.time() - path.stat().st_mtime < SETTLED:
+                    continue
+                handle = os.open(path, os.O_RDONLY)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if path.is_dir():
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        path.unlink()
+                finally:
+                    os.close(handle)

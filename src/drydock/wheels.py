@@ -63,7 +63,11 @@ class LockedWheel(WheelFile):
             executable = bool((item.external_attr >> 16) & 0o111)
             with self._zipfile.open(item) as stream:
                 # The destination writes a tar header first and so needs the size before the bytes.
-                yield (item.filename, "", str(item.file_size)), cast(BinaryIO, _Sized(stream, item.file_size)), executable
+                yield (
+                    (item.filename, "", str(item.file_size)),
+                    cast(BinaryIO, _Sized(stream, item.file_size)),
+                    executable,
+                )
 
 
 class _Sized:
@@ -103,7 +107,9 @@ class LayerDestination(WheelDestination):
         name, data = Script(name, module, attr, section).generate(f"/{PREFIX}/bin/python", "posix")
         return self._entry(Scheme("scripts"), name, data, len(data), executable=True)
 
-    def write_file(self, scheme: Scheme, path: str | PathLike[str], stream: BinaryIO, is_executable: bool) -> RecordEntry:
+    def write_file(
+        self, scheme: Scheme, path: str | PathLike[str], stream: BinaryIO, is_executable: bool
+    ) -> RecordEntry:
         """A file of the wheel, streamed."""
         path = fspath(path)
         if scheme == "scripts":
@@ -116,7 +122,9 @@ class LayerDestination(WheelDestination):
         data = stream.read()
         return self._entry(scheme, path, data, len(data), is_executable)
 
-    def _entry(self, scheme: Scheme, path: str, content: bytes | BinaryIO, size: int, executable: bool) -> RecordEntry:
+    def _entry(
+        self, scheme: Scheme, path: str, content: bytes | BinaryIO, size: int, executable: bool
+    ) -> RecordEntry:
         target = posixpath.normpath(f"{self._folders[scheme]}/{path}")
         if not target.startswith(f"{PREFIX}/"):
             raise DrydockError(f"{self._layer.owner}: the wheel wants to write {path!r}, outside /{PREFIX}")
@@ -168,7 +176,9 @@ def python_sources(wheel: zipfile.ZipFile, series: str) -> dict[str, str]:
     return found
 
 
-def add_wheel(layer: LayerWriter, store: Store, wheel: Artifact, compiler: Compiler, tools: Toolchain) -> Installed:
+def add_wheel(
+    layer: LayerWriter, store: Store, wheel: Artifact, compiler: Compiler, tools: Toolchain
+) -> Installed:
     """Install a locked wheel from the store into a layer.
 
     Raises:

@@ -11,9 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny_models import make_qwen3_moe
-
 from drydock.server import Server, vllm_command
+from tiny_models import make_qwen3_moe
 
 RESULTS = Path(os.environ.get("DRYDOCK_RESULTS", "/results"))
 

@@ -27,7 +27,10 @@ def test_greedy_completions_repeat_with_their_log_probabilities(server: Server) 
 
 def test_another_prompt_gives_another_distribution(server: Server) -> None:
     options = {"max_tokens": 1, "temperature": 0.0, "logprobs": 1}
-    values = {server.complete(prompt, **options)["logprobs"]["token_logprobs"][0] for prompt in ("1+1=", "zebra", "9*9")}
+    values = {
+        server.complete(prompt, **options)["logprobs"]["token_logprobs"][0]
+        for prompt in ("1+1=", "zebra", "9*9")
+    }
     assert len(values) == 3
 
 

@@ -165,7 +165,8 @@ class IndexServer:
             content_type = "application/vnd.pypi.simple.v1+json"
             return self._send(handler, 200, json.dumps(page).encode(), {"Content-Type": content_type})
         links = [
-            f'<a href="../../files/{name}#sha256={digest}">{name}</a>' if digest != "none"
+            f'<a href="../../files/{name}#sha256={digest}">{name}</a>'
+            if digest != "none"
             else f'<a href="../../files/{name}">{name}</a>'
             for name, digest in files.items()
         ]

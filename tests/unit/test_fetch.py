@@ -552,9 +552,12 @@ def test_two_fetches_at_once_share_the_work(server: IndexServer, store: Store) -
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = os.geteuid() == 0 and not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
-    ).returncode
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
+        ).returncode
+    )
     if not mounted:
         pytest.skip("needs root and the right to mount, for a small tmpfs")
     yield folder
@@ -653,5 +656,3 @@ def test_the_users_own_index_has_six(store: Store) -> None:
             pytest.skip(str(error))
         raise
     assert store.has(artifact.sha256, artifact.size)
-
-

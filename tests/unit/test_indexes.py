@@ -79,7 +79,9 @@ def test_the_default_is_the_first_found_and_extras_add_up(tmp_path: Path) -> Non
 def test_pips_own_rule_holds_within_pip(tmp_path: Path) -> None:
     write(tmp_path / "etc/pip.conf", "[global]\nindex_url = https://etc.example/s\nfind-links = /etc-links\n")
     user = write(tmp_path / "home/.config/pip/pip.conf", "[global]\nindex-url = https://user.example/s\n")
-    write(tmp_path / "venv/pip.conf", "[install]\nfind-links = /site-links\n[list]\nindex-url = https://no/s\n")
+    write(
+        tmp_path / "venv/pip.conf", "[install]\nfind-links = /site-links\n[list]\nindex-url = https://no/s\n"
+    )
     indexes = read(tmp_path)
     assert urls(indexes.indexes) == ["https://user.example/s"]
     assert [str(place) for place in indexes.find_links] == ["/site-links"]
@@ -187,7 +189,11 @@ def test_uv_resolves_from_a_directory_that_only_pip_was_told_of(tmp_path: Path) 
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("UV_", "PIP_"))}
     done = subprocess.run(
         [sys.executable, "-m", "uv", "pip", "compile", "--no-header", "--offline", *arguments, "-"],
-        input="drydock-probe", env=clean | environment, capture_output=True, text=True, cwd=tmp_path,
+        input="drydock-probe",
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert "drydock-probe==1.5" in done.stdout, done.stderr
 

@@ -22,12 +22,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.utils import canonicalize_version
 
+import drydock
 from drydock import verify
-from drydock.elf import MACHINES, MalformedElf, read_elf
+from drydock.verify.accelerator import Device, NvmlError, check_accelerator, compare_devices
+from drydock.verify.debs import mount_points
+from drydock.verify.elf import MACHINES, MalformedElf, read_elf
+from drydock.verify.image import Accelerator, open_image, read_manifest
+from drydock.verify.interpreter import Interpreter, check_python
+from drydock.verify.report import Finding
+from drydock.verify.tree import Tree
+from drydock.verify.versions import normalize_version
 
 SITE = "opt/venv/lib/python3.13/site-packages"
 MULTIARCH = "usr/lib/x86_64-linux-gnu"
-SOURCES = Path(verify.__file__).parents[1]
+SOURCES = Path(drydock.__file__).parents[1]
 
 
 # A small image.
@@ -444,7 +452,7 @@ def test_a_lock_that_disagrees_with_the_manifest_is_named(image: SmallImage, dri
     ],
 )
 def test_versions_are_normalized_as_packaging_does(version: str) -> None:
-    assert verify.normalize_version(version) == canonicalize_version(version)
+    assert normalize_version(version) == canonicalize_version(version)
 
 
 # Debs and the base.
@@ -537,8 +545,8 @@ def test_what_a_runtime_adds_for_a_gpu_is_no_stray(
 
 
 def test_mount_points_are_those_under_the_root() -> None:
-    assert "proc" in verify.mount_points(verify.Tree(Path("/")))
-    assert "proc" not in verify.mount_points(verify.Tree(Path("/usr")))
+    assert "proc" in mount_points(Tree(Path("/")))
+    assert "proc" not in mount_points(Tree(Path("/usr")))
 
 
 # Libraries.
@@ -644,13 +652,11 @@ def test_a_damaged_object_is_malformed_and_never_worse(
 
 
 def test_the_interpreter_is_compared_to_the_patch(image: SmallImage) -> None:
-    opened = verify.open_image(image.root)
-    right = verify.Interpreter(
-        version="3.13.5", implementation="CPython", machine="x86_64", prefix="/opt/venv"
-    )
-    assert not verify.check_python(opened, right).findings
-    wrong = verify.Interpreter(version="3.13.6", implementation="PyPy", machine="aarch64", prefix="/usr")
-    assert [(finding.subject, finding.what) for finding in verify.check_python(opened, wrong).findings] == [
+    opened = open_image(image.root)
+    right = Interpreter(version="3.13.5", implementation="CPython", machine="x86_64", prefix="/opt/venv")
+    assert not check_python(opened, right).findings
+    wrong = Interpreter(version="3.13.6", implementation="PyPy", machine="aarch64", prefix="/usr")
+    assert [(finding.subject, finding.what) for finding in check_python(opened, wrong).findings] == [
         ("Python's version", "3.13.5 is locked, 3.13.6 is running"),
         ("Python's implementation", "CPython is locked, PyPy is running"),
         ("Python's machine", "x86_64 is locked, aarch64 is running"),
@@ -670,13 +676,13 @@ def test_a_manifest_for_another_python_than_the_deb_is_named(image: SmallImage, 
 
 # The accelerator.
 
-HOPPER = verify.Device("NVIDIA H100", (9, 0))
-CUDA = verify.Accelerator(kind="cuda", minimum_driver="580.65.06", sm=("90",))
+HOPPER = Device("NVIDIA H100", (9, 0))
+CUDA = Accelerator(kind="cuda", minimum_driver="580.65.06", sm=("90",))
 
 
 def test_a_device_that_everything_covers_passes() -> None:
-    assert not list(verify.compare_devices(CUDA, "580.65.06", [HOPPER], ["sm_80", "sm_90"]))
-    assert not list(verify.compare_devices(CUDA, "1000.0", [HOPPER], None))
+    assert not list(compare_devices(CUDA, "580.65.06", [HOPPER], ["sm_80", "sm_90"]))
+    assert not list(compare_devices(CUDA, "1000.0", [HOPPER], None))
 
 
 @pytest.mark.parametrize(
@@ -685,7 +691,7 @@ def test_a_device_that_everything_covers_passes() -> None:
         ("580.9.99", HOPPER, ["sm_90"], "driver", "580.9.99 is older than the image's minimum 580.65.06"),
         (
             "590.1",
-            verify.Device("NVIDIA A100", (8, 0)),
+            Device("NVIDIA A100", (8, 0)),
             ["sm_80"],
             "NVIDIA A100",
             "has compute capability 8.0, the image declares sm 90",
@@ -700,10 +706,10 @@ def test_a_device_that_everything_covers_passes() -> None:
     ],
 )
 def test_a_device_that_something_does_not_cover_is_named(
-    driver: str, device: verify.Device, architectures: list[str], subject: str, what: str
+    driver: str, device: Device, architectures: list[str], subject: str, what: str
 ) -> None:
-    findings = list(verify.compare_devices(CUDA, driver, [device, device], architectures))
-    assert findings == [verify.Finding(subject=subject, what=what)]
+    findings = list(compare_devices(CUDA, driver, [device, device], architectures))
+    assert findings == [Finding(subject=subject, what=what)]
 
 
 @pytest.mark.parametrize(
@@ -723,8 +729,8 @@ def test_a_device_that_something_does_not_cover_is_named(
 def test_kernels_run_within_their_major_version(
     architecture: str, capability: tuple[int, int], runs: bool
 ) -> None:
-    declared = verify.Accelerator(kind="cuda", minimum_driver=None, sm=(f"{capability[0]}{capability[1]}",))
-    findings = verify.compare_devices(declared, "580", [verify.Device("GPU", capability)], [architecture])
+    declared = Accelerator(kind="cuda", minimum_driver=None, sm=(f"{capability[0]}{capability[1]}",))
+    findings = compare_devices(declared, "580", [Device("GPU", capability)], [architecture])
     assert (not list(findings)) is runs
 
 
@@ -735,16 +741,16 @@ def test_without_a_device_the_accelerator_is_not_run_and_never_passed(
     accelerator = run()[1]["checks"][-1]
     assert (accelerator["state"], accelerator["detail"]) == ("not-run", "this tree is not running")
 
-    def no_driver() -> tuple[str, list[verify.Device]]:
-        raise verify.NvmlError("libnvidia-ml.so.1 does not load")
+    def no_driver() -> tuple[str, list[Device]]:
+        raise NvmlError("libnvidia-ml.so.1 does not load")
 
-    monkeypatch.setattr(verify, "read_nvml", no_driver)
-    manifest = verify.read_manifest(verify.Tree(image.root))
+    monkeypatch.setattr("drydock.verify.accelerator.read_nvml", no_driver)
+    manifest = read_manifest(Tree(image.root))
     if not Path("/dev/nvidiactl").exists():
-        outcome = verify.check_accelerator(manifest, live=True)
+        outcome = check_accelerator(manifest, live=True)
         assert (outcome.state, outcome.detail) == ("not-run", "no device: libnvidia-ml.so.1 does not load")
-    monkeypatch.setattr(verify, "read_nvml", lambda: ("590.1", [HOPPER]))
-    outcome = verify.check_accelerator(manifest, live=True)
+    monkeypatch.setattr("drydock.verify.accelerator.read_nvml", lambda: ("590.1", [HOPPER]))
+    outcome = check_accelerator(manifest, live=True)
     assert (outcome.state, outcome.checked, outcome.detail) == (None, 1, "driver 590.1, 1 x NVIDIA H100")
 
 

@@ -1,0 +1,56 @@
+"""Check: every installed distribution is the locked one, and its RECORD is as it was installed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from drydock.verify.image import Image
+from drydock.verify.locks import compare_installed, compare_manifest, read_packages
+from drydock.verify.records import compare_record
+from drydock.verify.report import Finding, Outcome
+from drydock.verify.versions import normalize_name, same_version
+
+
+def dist_info_folders(image: Image) -> list[str]:
+    """The names of the `*.dist-info` folders in site-packages."""
+    site_packages = Path(image.tree.where(image.manifest.site_packages))
+    return sorted(folder.name for folder in site_packages.glob("*.dist-info"))
+
+
+def read_installed(image: Image) -> tuple[dict[str, list[str]], list[Finding]]:
+    """What is installed as importlib.metadata would find it, name -> versions, and what does not say."""
+    installed: dict[str, list[str]] = {}
+    findings = []
+    for folder in dist_info_folders(image):
+        path = f"{image.manifest.site_packages}/{folder}/METADATA"
+        try:
+            header = image.tree.read(path).decode("utf-8", "replace").replace("\r", "").partition("\n\n")[0]
+        except OSError as error:
+            findings.append(Finding(f"/{path}", f"cannot be read ({error.strerror})"))
+            continue
+        fields = dict(re.findall(r"^(Name|Version):[ \t]*(.*?)[ \t]*$", header, re.MULTILINE))
+        if len(fields) == 2:
+            installed.setdefault(normalize_name(fields["Name"]), []).append(fields["Version"])
+        else:
+            findings.append(Finding(f"/{path}", "does not say both Name and Version"))
+    return installed, findings
+
+
+def check_distributions(image: Image) -> Outcome:
+    """Every `*.dist-info` against pylock.toml: missing, extra, other version; every RECORD's own hash."""
+    manifest = image.manifest
+    packages, findings = read_packages(image.tree, "pylock.toml")
+    locked = {normalize_name(entry["name"]): entry["version"] for entry in packages}
+    in_manifest = {normalize_name(entry.name): entry.version for entry in manifest.distributions}
+    installed, unreadable = read_installed(image)
+    findings += unreadable
+    findings += compare_manifest("pylock.toml", locked, in_manifest, same_version)
+    findings += compare_installed(locked, installed, same_version)
+    folders = set(dist_info_folders(image))
+    for entry in manifest.distributions:
+        if entry.folder in folders:  # one that is not there is a finding already
+            record = f"{manifest.site_packages}/{entry.folder}/RECORD"
+            findings += compare_record(image.tree, record, entry.record)
+    count = sum(map(len, installed.values()))
+    return Outcome(len(locked), f"{count} installed, {len(locked)} locked", findings)

@@ -1,0 +1,136 @@
+"""The image that is verified: its tree, its manifest, and which files are where."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from drydock.errors import DrydockError
+from drydock.verify.records import Rows, add_rows
+from drydock.verify.report import Finding
+from drydock.verify.tree import Seen, Tree
+
+RECORDS = "usr/share/drydock"
+BASE_FOLDERS = ("usr/bin", "usr/lib", "usr/libexec", "usr/sbin")
+"""Where only Debian's packages and drydock put files, so that any other file is a stray."""
+
+
+class Distribution(NamedTuple):
+    """An installed distribution as the manifest has it; `record` is the hex sha256 of its RECORD."""
+
+    name: str
+    version: str
+    folder: str
+    record: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """The device an image is made for; `sm` are compute capabilities without the dot ("90")."""
+
+    kind: str
+    minimum_driver: str | None
+    sm: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`/usr/share/drydock/manifest.json`. `prefix` and `site_packages` are without their leading slash,
+    `debs` is name -> "version architecture"."""
+
+    image: str
+    machine: str
+    python: str
+    prefix: str
+    site_packages: str
+    distributions: tuple[Distribution, ...]
+    debs: Mapping[str, str]
+    base_record: str
+    accelerator: Accelerator
+    driver_libraries: tuple[str, ...]
+    absent_libraries: Mapping[str, str]
+    foreign_objects: Mapping[str, str]
+    environment: Mapping[str, str]
+
+
+def read_manifest(tree: Tree) -> Manifest:
+    """Read the image's manifest.
+
+    Raises:
+        DrydockError: there is none, or it is not one that this verifier understands.
+    """
+    path = f"{RECORDS}/manifest.json"
+    try:
+        data = json.loads(tree.read(path))
+    except FileNotFoundError:
+        raise DrydockError(
+            f"this is not a drydock image: /{path} is missing; run `drydock verify IMAGE`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DrydockError(f"/{path} cannot be read ({error}): build the image again") from error
+    try:
+        if data["schema"] != 1:
+            raise DrydockError(f"/{path} has schema {data['schema']}, this verifier reads 1: use its drydock")
+        accelerator = data["accelerator"]
+        return Manifest(
+            image=data["image"],
+            machine=data["machine"],
+            python=data["python"],
+            prefix=data["prefix"].strip("/"),
+            site_packages=data["site-packages"].strip("/"),
+            distributions=tuple(
+                Distribution(entry["name"], entry["version"], entry["dist-info"], entry["record"])
+                for entry in data["distributions"]
+            ),
+            debs={entry["name"]: f"{entry['version']} {entry['architecture']}" for entry in data["debs"]},
+            base_record=data["base-record"],
+            accelerator=Accelerator(
+                kind=accelerator["kind"],
+                minimum_driver=accelerator["minimum-driver"],
+                sm=tuple(accelerator["sm"]),
+            ),
+            driver_libraries=tuple(data["driver-libraries"]),
+            absent_libraries=dict(data["absent-libraries"]),
+            foreign_objects=dict(data["foreign-objects"]),
+            environment=dict(data["environment"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DrydockError(f"/{path} cannot be read ({error!r}): build the image again") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """All that the checks look at; `in_base` and `in_prefix` are the files found there, `base` is what
+    base.RECORD says, with what is wrong with it."""
+
+    tree: Tree
+    manifest: Manifest
+    in_base: Mapping[str, Seen]
+    in_prefix: Mapping[str, Seen]
+    base: Rows
+    base_findings: Sequence[Finding]
+
+
+def open_image(root: Path) -> Image:
+    """Walk the image under `root` and read what it says of itself; raises as `read_manifest`."""
+    tree = Tree(root)
+    manifest = read_manifest(tree)
+    in_prefix = tree.walk(manifest.prefix)
+    in_base = {path: seen for folder in BASE_FOLDERS for path, seen in tree.walk(folder).items()}
+    base: Rows = {}
+    findings: list[Finding] = []
+    with contextlib.suppress(OSError, csv.Error):  # `check_debs` reports it
+        findings = add_rows(tree, f"{RECORDS}/base.RECORD", base)
+    return Image(
+        tree=tree,
+        manifest=manifest,
+        in_base=in_base,
+        in_prefix=in_prefix,
+        base=base,
+        base_findings=findings,
+    )

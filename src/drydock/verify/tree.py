@@ -1,0 +1,143 @@
+"""An image's tree of files, from which no link leads out."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Seen(NamedTuple):
+    """What lstat says of a file: st_mode and size in bytes."""
+
+    mode: int
+    size: int
+
+    @property
+    def is_link(self) -> bool:
+        return stat.S_ISLNK(self.mode)
+
+    @property
+    def is_file(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+
+class Tree:
+    """An image's files under `root`; all paths are relative to it, without a leading slash."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = os.path.realpath(root)
+        self._walked: dict[str, Seen] = {}
+        self._resolved: dict[str, str | None] = {}
+
+    def where(self, path: str) -> str:
+        """The path for the system's calls."""
+        return os.path.join(self.root, path)  # noqa: PTH118, this runs 150,000 times
+
+    def walk(self, top: str) -> dict[str, Seen]:
+        """Everything under a folder but folders; a missing or unreadable folder is empty."""
+        found: dict[str, Seen] = {}
+        folders = [top]
+        while folders:
+            folder = folders.pop()
+            try:
+                entries = list(os.scandir(self.where(folder)))
+            except OSError:
+                continue
+            for entry in entries:
+                path = f"{folder}/{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(path)
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # a live system's temporary file
+                    status = entry.stat(follow_symlinks=False)
+                    found[path] = Seen(status.st_mode, status.st_size)
+        self._walked |= found
+        return found
+
+    def look(self, path: str) -> Seen | None:
+        """What lies at a path, or None for nothing.
+
+        Raises:
+            PermissionError: a folder above cannot be searched.
+        """
+        if path in self._walked:
+            return self._walked[path]
+        try:
+            status = os.lstat(self.where(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Seen(status.st_mode, status.st_size)
+
+    def link(self, path: str) -> str:
+        """A symbolic link's target."""
+        return os.readlink(self.where(path))  # noqa: PTH115, Path would respell it
+
+    def resolve(self, path: str) -> str | None:
+        """Follow every link inside the tree; None when the path leads nowhere."""
+        if path not in self._resolved:
+            self._resolved[path] = None  # where a loop of links leads
+            self._resolved[path] = self._follow(path)
+        return self._resolved[path]
+
+    def _follow(self, path: str) -> str | None:
+        above, _, name = path.rpartition("/")
+        folder = self.resolve(above) if above else ""
+        if folder is None or name in ("", "."):
+            return folder
+        if name == "..":
+            return folder.rpartition("/")[0]
+        here = f"{folder}/{name}" if folder else name
+        try:
+            seen = self.look(here)
+            target = self.link(here) if seen and seen.is_link else None
+        except OSError:
+            return None
+        if target is None:
+            return here if seen else None
+        return self.resolve(target if target.startswith("/") else f"{folder}/{target}")
+
+    def canonical(self, path: str) -> str:
+        """The path with the links above its last part followed, where they lead somewhere."""
+        above, _, name = path.rpartition("/")
+        folder = self.resolve(above)
+        if folder is None:
+            return os.path.normpath(f"/{path}").lstrip("/")
+        return f"{folder}/{name}" if folder else name
+
+    def read(self, path: str) -> bytes:
+        """A small file's content, read inside the tree.
+
+        Raises:
+            OSError: there is none, or it cannot be read.
+        """
+        found = self.resolve(path)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"/{path}")
+        return Path(self.where(found)).read_bytes()
+
+    def sha256(self, path: str) -> bytes | str:
+        """A file's hash, or the reason it has none."""
+        try:
+            with open(self.where(path), "rb", buffering=0) as file:  # noqa: PTH123, as in `where`
+                return hashlib.file_digest(file, "sha256").digest()
+        except OSError as error:
+            return error.strerror or str(error)
+
+    def sha256_all(self, paths: Sequence[str]) -> Iterator[tuple[str, bytes | str]]:
+        """Hash many files on all CPUs, in batches: a task per small file would cost more than its hash.
+
+        Each batch has its share of large and small ones; the largest go first, so that none ends alone.
+        """
+        largest_first = sorted(paths, key=lambda path: -(self._walked.get(path) or Seen(0, 0)).size)
+        workers = len(os.sched_getaffinity(0))
+        batches = [largest_first[start :: 64 * workers] for start in range(64 * workers)]
+        with ThreadPoolExecutor(workers) as pool:
+            for batch in pool.map(lambda names: [(name, self.sha256(name)) for name in names], batches):
+                yield from batch
