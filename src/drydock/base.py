@@ -18,9 +18,6 @@ USER = "drydock"
 USER_ID = 1000
 """The ordinary user of an image, for those who do not want to be root in it."""
 
-SOURCES = ("base-files", "base-passwd", "libc-bin", "ca-certificates")
-"""The debs whose files this layer is made from; part of the layer's cache key."""
-
 
 def add_base_files(layer: LayerWriter, store: Store, image: Image, lock: DebianLock) -> None:
     """Write the layer of files that belong to no deb."""
@@ -53,8 +50,9 @@ def add_base_files(layer: LayerWriter, store: Store, image: Image, lock: DebianL
             layer.file(f"{home}/.profile", _bytes(deb, "usr/share/base-files/dot.profile"), uid=uid, gid=uid)
     with open_deb(store, debs["libc-bin"]) as deb:
         layer.file("etc/nsswitch.conf", _bytes(deb, "usr/share/libc-bin/nsswitch.conf"))
-    with open_deb(store, debs["ca-certificates"]) as deb:
-        _add_certificates(layer, deb)
+    if "ca-certificates" in debs:
+        with open_deb(store, debs["ca-certificates"]) as deb:
+            _add_certificates(layer, deb)
     layer.symlink("etc/dpkg/origins/default", "debian")
     layer.symlink("var/run", "/run")
     layer.symlink("var/lock", "/run/lock")

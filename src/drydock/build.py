@@ -29,7 +29,7 @@ from drydock.bytecode import (
     toolchain,
     unpack_toolchain,
 )
-from drydock.debs import add_deb, open_deb
+from drydock.debs import add_deb, checked, open_deb
 from drydock.definition import Image
 from drydock.errors import DrydockError
 from drydock.layer import LayerWriter, Row, open_layer, overlap
@@ -123,7 +123,10 @@ def build(
 def _found(store: Store, spec: Spec) -> dict[str, Any] | None:
     record = store.read_record("layers", spec.key)
     if record and store.has(record["digest"], record["size"]) and store.has(record["facts"]):
-        return record
+        # Facts end up in the image's manifest: a byte that changed on disk must not.
+        if sha256_file(store.path(record["facts"])) == record["facts"]:
+            return record
+        store.discard(record["facts"])
     return None
 
 
@@ -148,6 +151,7 @@ def _have_artifacts(
     """Fetch what the missing layers are made of, and build the wheels that nobody published."""
     packages = {package.name: package for package in inputs.lock.packages}
     wanted: dict[str, Artifact] = {}
+    sources: dict[str, Artifact] = {}
     build_first = []
     for spec in missing:
         for artifact in spec.artifacts:
@@ -158,10 +162,12 @@ def _have_artifacts(
                 build_first.append(package)
                 source = package.built_from.sdist.artifact("sdist", package.name, package.version)
                 for needed in (source, *(tool.artifact for tool in package.built_from.build_requires)):
-                    wanted[needed.sha256] = needed
+                    sources[needed.sha256] = needed
     if any(spec.kind in ("wheels", "stdlib") for spec in missing):
         wanted |= {artifact.sha256: artifact for artifact in inputs.tools.debs}
-    get(list(wanted.values()))
+    get(list((wanted | sources).values()))
+    for artifact in sources.values():
+        checked(store, artifact)
     for package in build_first:
         ensure_built(store, package)
 
@@ -183,6 +189,10 @@ class _Worker:
             self._compiler = Compiler(folder, self.inputs.tools.series)
         return self._compiler
 
+    def kill(self) -> None:
+        if self._compiler:
+            self._compiler.kill()
+
 
 _worker: _Worker | None = None
 
@@ -192,7 +202,17 @@ def _start_worker(store: Path, root: Path, name: str, told: Any) -> None:
     # A builder that is killed must not leave workers behind that go on writing.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop_worker)
     _worker = _Worker(store, root, name, told)
+
+
+def _stop_worker(*_: object) -> None:
+    """Unwind, so that what is half written is removed, and take up nothing that is queued."""
+    global _worker
+    if _worker:
+        _worker.kill()
+    _worker = None
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _make(spec: Spec) -> dict[str, Any]:

@@ -141,6 +141,10 @@ class Compiler:
         if "compiled" not in said:
             raise DrydockError(f"compiling {archive.name}: {said.get('error', 'the compiler stopped')}")
 
+    def kill(self) -> None:
+        """End it at once, whatever it does."""
+        self._process.kill()
+
     def close(self) -> None:
         assert self._process.stdin
         self._process.stdin.close()

@@ -119,9 +119,9 @@ def lock(
         if not answer["ok"]:
             bad = sum(1 for row in answer["locks"] if row["problems"])
             raise CheckFailed(f"{bad} of {len(answer['locks'])} locks are not right")
-        changes = relock.lock(
-            chosen, open_store(root), os.environ, upgrade=tuple(upgrade or ()), only_base=base
-        )
+        return
+    moving = tuple(upgrade or ())
+    changes = relock.lock(chosen, open_store(root), os.environ, upgrade=moving, only_base=base)
     if as_json:
         _say(changes)
         return
@@ -279,12 +279,13 @@ def verify(
     root = project_root()
     chosen, store, built = _prepared(root, name, runtime)
     gpus = Image.named(root, name).definition.accelerator.kind == "cuda" and gpus_here() > 0
-    # No bytecode: what Python would write beside its library would be a stray to the verifier.
+    # Only drydock's own package is mounted, at /drydock, so the verifier is ours whatever the checkout is.
+    # No bytecode: what Python would write beside its library would be a stray to it.
     task = _task(
-        root,
-        None,
+        Path(__file__).parent,
+        root / "results",
         ["python", "-m", "drydock.verify", *options],
-        environment={"PYTHONPATH": "/drydock/src", "PYTHONDONTWRITEBYTECODE": "1"},
+        environment={"PYTHONPATH": "/", "PYTHONDONTWRITEBYTECODE": "1"},
         gpus=gpus,
     )
     raise typer.Exit(chosen.run(store, built, task))

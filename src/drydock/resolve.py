@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tempfile
 import tomllib
 from collections.abc import Mapping
@@ -112,6 +113,8 @@ def _compile(
         output = work / "pylock.toml"
         arguments = [
             find_uv_bin(), "pip", "compile", "--no-header", "--no-annotate",
+            # Any interpreter will do to resolve for another version; uv would look for that version first.
+            "--python", sys.executable, "--no-python-downloads",
             "--python-version", image.definition.python,
             "--only-binary", ":all:",
             "--format", "pylock.toml", "--output-file", output.name, "--quiet",
