@@ -197,10 +197,12 @@ class _Worker:
 _worker: _Worker | None = None
 
 
-def _start_worker(store: Path, root: Path, name: str, told: Any) -> None:
+def _start_worker(store: Path, root: Path, name: str, told: Any, parent: int) -> None:
     global _worker
     # A builder that is killed must not leave workers behind that go on writing.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it was killed before the line above
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop_worker)
     _worker = _Worker(store, root, name, told)
@@ -293,7 +295,7 @@ def _make_all(store: Store, image: Image, specs: list[Spec], jobs: int) -> dict[
         listener = threading.Thread(target=_listen, args=(told, progress), daemon=True)
         listener.start()
         pool = ProcessPoolExecutor(
-            min(jobs, len(specs)), context, _start_worker, (store.root, image.root, image.name, told)
+            min(jobs, len(specs)), context, _start_worker, (store.root, image.root, image.name, told, os.getpid())
         )
         try:
             futures: dict[Future[dict[str, Any]], Spec] = {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import docker
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 LABEL = {"dev.drydock": "run"}
 """On every container that drydock starts."""
+OWNER, OWNER_PID = "dev.drydock.owner", "dev.drydock.pid"
+"""On them too: the machine and process that started it."""
 SHARED_MEMORY = "2g"
 """Size of /dev/shm: the engine's default of 64 MB is too small for vLLM's and NCCL's buffers."""
 PING_SECONDS = 10
@@ -104,6 +108,7 @@ class DockerRuntime:
         """Run the task in a container of its own, which is removed afterwards."""
         del store
         check_architecture(built, self._client.info()["Architecture"])
+        self._remove_orphans()
         with ending_signals():
             container = self._create(built, task)
             try:
@@ -112,6 +117,15 @@ class DockerRuntime:
                 return self._stream(container)
             finally:
                 container.remove(force=True, v=True)
+
+    def _remove_orphans(self) -> None:
+        """End containers of a drydock on this machine that was killed before it could end them itself."""
+        for container in self._client.containers.list(
+            all=True, filters={"label": f"{OWNER}={platform.node()}"}
+        ):
+            if not Path("/proc", container.labels.get(OWNER_PID, "")).is_dir():
+                with contextlib.suppress(DockerException):
+                    container.remove(force=True, v=True)
 
     def _create(self, built: Built, task: Task) -> Container:
         try:
@@ -129,7 +143,7 @@ class DockerRuntime:
                 device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if task.gpus else [],
                 init=True,
                 shm_size=SHARED_MEMORY,
-                labels=LABEL,
+                labels={**LABEL, OWNER: platform.node(), OWNER_PID: str(os.getpid())},
                 stdin_open=task.interactive,
                 tty=task.interactive and sys.stdin.isatty(),
             )

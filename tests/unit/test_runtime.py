@@ -422,6 +422,26 @@ def test_nothing_outlives_a_killed_drydock(
     assert not list((store.root / "run").iterdir())
 
 
+def test_the_next_docker_run_ends_what_a_killed_drydock_left(
+    docker_runtime: Runtime,
+    store: Store,
+    image: Built,
+    task: Callable[..., Task],
+    running: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+) -> None:
+    docker_runtime.prepare(store, image)
+    survivor, victim = running("docker"), running("docker")
+    victim.kill()
+    victim.wait()
+    before = len(alive(tmp_path))
+    assert docker_runtime.run(store, image, task("")) == 0
+    assert eventually(lambda: 0 < len(alive(tmp_path)) < before), "the dead one's, and not the living one's"
+    survivor.terminate()
+    survivor.wait()
+    assert eventually(lambda: not alive(tmp_path)), alive(tmp_path)
+
+
 def test_a_command_that_ignores_the_signal_is_killed(store: Store, image: Built, tmp_path: Path) -> None:
     record(store, image)
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('running', flush=True)"
