@@ -295,7 +295,10 @@ def _make_all(store: Store, image: Image, specs: list[Spec], jobs: int) -> dict[
         listener = threading.Thread(target=_listen, args=(told, progress), daemon=True)
         listener.start()
         pool = ProcessPoolExecutor(
-            min(jobs, len(specs)), context, _start_worker, (store.root, image.root, image.name, told, os.getpid())
+            min(jobs, len(specs)),
+            context,
+            _start_worker,
+            (store.root, image.root, image.name, told, os.getpid()),
         )
         try:
             futures: dict[Future[dict[str, Any]], Spec] = {}
