@@ -8,7 +8,9 @@ makes an aarch64 image's bytecode without emulation; both locks must hold the sa
 from __future__ import annotations
 
 import json
+import os
 import platform
+import signal
 import subprocess
 import zipfile
 from collections.abc import Mapping
@@ -119,6 +121,8 @@ class Compiler:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            # A group, so that `kill` reaches the process that works on a job too.
+            process_group=0,
             # A fixed hash seed as a second guard: marshal sorts sets, so it should not matter.
             env={"PYTHONHOME": str(folder / "usr"), "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
         )
@@ -143,7 +147,8 @@ class Compiler:
 
     def kill(self) -> None:
         """End it at once, whatever it does."""
-        self._process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         assert self._process.stdin

@@ -44,7 +44,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, int]:
                 # Templates and files for other versions of Python: they are shipped and never imported.
                 skipped += 1
                 continue
-            output.writestr(path, _code_to_hash_pyc(code, source_hash(source), False))
+            output.writestr(zipfile.ZipInfo(path), _code_to_hash_pyc(code, source_hash(source), False))
             compiled += 1
     return {"compiled": compiled, "skipped": skipped}
 
@@ -70,7 +70,11 @@ def main() -> None:
         with os.fdopen(reader, "rb") as answer:
             said = answer.read().decode()
         os.waitpid(child, 0)
-        print(said or '{"error": "the compiler was killed"}', flush=True)
+        try:
+            print(said or '{"error": "the compiler was killed"}', flush=True)
+        except BrokenPipeError:
+            # The builder is gone, and with it everybody who could be told.
+            os._exit(1)
 
 
 if __name__ == "__main__":

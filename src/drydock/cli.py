@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -291,10 +293,16 @@ def verify(
     raise typer.Exit(chosen.run(store, built, task))
 
 
+def _terminated(number: int, _: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
 def main() -> NoReturn:
     """The `drydock` program: errors of ours are one line on standard error and their exit status."""
     if len(sys.argv) == 1:
         sys.argv.append("--help")
+    # As ctrl-C does, so that workers and half-written files go before the process does.
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         status = app(standalone_mode=False)
     except TyperException as error:
@@ -304,12 +312,13 @@ def main() -> NoReturn:
         print(f"drydock: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except (KeyboardInterrupt, typer.Abort):
-        print("drydock: stopped; what is complete is kept", file=sys.stderr)
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
         # The reader of our output went away, as `| head` does; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    if status == 130:
+        print("drydock: stopped; what is complete is kept", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -217,7 +217,12 @@ class Store:
                 fcntl.flock(handle, fcntl.LOCK_EX)
                 yield folder
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                # A process that was killed a moment ago may still be writing its last file.
+                for _ in range(20):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    if not folder.exists():
+                        break
+                    time.sleep(0.05)
                 os.close(handle)
 
     def sweep(self) -> None:

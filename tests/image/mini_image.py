@@ -153,8 +153,12 @@ def seeded(root: Path, source: Store, artifacts: Iterable[Artifact]) -> Store:
 
 
 def twin(root: Path, source: Store) -> Store:
-    """A new store with all that another one has, by hard link; change a file of it with `rewrite` only."""
-    shutil.copytree(source.root, root, symlinks=True, copy_function=os.link)
+    """A new store with all that another one has, by hard link; change a file of it with `rewrite` only.
+
+    But for layers that were unpacked, which no build reads.
+    """
+    unpacked = shutil.ignore_patterns("unpacked")
+    shutil.copytree(source.root, root, symlinks=True, ignore=unpacked, copy_function=os.link)
     return Store(root)
 
 
