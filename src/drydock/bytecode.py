@@ -92,9 +92,9 @@ def unpack_toolchain(store: Store, tools: Toolchain) -> Path:
         with store.scratch() as scratch:
             for artifact in tools.debs:
                 with open_deb(store, artifact) as deb, deb.data.tgz() as tar:
-                    tar.extractall(scratch / "root", filter="tar")
+                    tar.extractall(scratch / "tree", filter="tar")
             folder.parent.mkdir(exist_ok=True)
-            (scratch / "root").rename(folder)
+            (scratch / "tree").rename(folder)
     return folder
 
 

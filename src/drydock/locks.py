@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from drydock.definition import Architecture, DebianRequest, Image, Model, debian_lock_path
 from drydock.errors import DrydockError
@@ -404,13 +404,3 @@ def check_debian_lock(request: DebianRequest, lock: DebianLock) -> list[str]:
         if package.architecture not in (lock.architecture, "all")
     ]
     return problems
-
-
-class Layers(BaseModel):
-    """One published image in `lock/images.toml`."""
-
-    model_config = ConfigDict(extra="forbid", alias_generator=lambda n: n.replace("_", "-"))
-
-    digest: str
-    config_digest: str
-    diff_ids: list[str]

@@ -103,7 +103,7 @@ def finished_layers(store: Store, count: int) -> Callable[[], bool]:
 
 
 MOMENTS: dict[str, Callable[[Store], Callable[[], bool]]] = {
-    "the compiler is being unpacked": lambda store: any_of(store, "scratch-*/root/usr/lib"),
+    "the compiler is being unpacked": lambda store: any_of(store, "scratch-*/tree/usr/lib"),
     "a layer is half written": lambda store: any_of(store, "blob-*"),
     "bytecode is being compiled": lambda store: any_of(store, "scratch-*/pyc.zip"),
     "three layers are finished": lambda store: finished_layers(store, 3),
