@@ -217,16 +217,19 @@ def _task(root: Path, results: Path | None, command: list[str], **extra: Any) ->
     return Task(command=tuple(command), checkout=root, results=results or root / "results", **extra)
 
 
-def _prepared(root: Path, name: str, runtime_name: str) -> tuple[Any, Store, Built]:
+def _prepared(root: Path, name: str, runtime_name: str) -> tuple[Any, Store, Built, bool]:
+    """A runtime that holds the image, and whether there are GPUs here that the image is for."""
+    from drydock.hardware import gpus_here
     from drydock.runtime import choose
 
     if runtime_name not in ("auto", "docker", "chroot"):
         raise DrydockError(f"unknown runtime {runtime_name!r}: there are auto, docker and chroot")
     store = open_store(root)
-    built = read_image(store, Image.named(root, name).name)
+    image = Image.named(root, name)
+    built = read_image(store, image.name)
     runtime = choose(runtime_name)  # type: ignore[arg-type]
     runtime.prepare(store, built)
-    return runtime, store, built
+    return runtime, store, built, image.definition.accelerator.kind == "cuda" and gpus_here() > 0
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -244,8 +247,6 @@ def run(
     ] = False,
 ) -> None:
     """Run a command in a built image; the checkout is at /drydock, read-only."""
-    from drydock.hardware import gpus_here
-
     root = project_root()
     if user not in ("root", "drydock"):
         raise DrydockError(f"unknown user {user!r}: an image has root and drydock")
@@ -255,8 +256,7 @@ def run(
         if not separator:
             raise DrydockError(f"--env {text!r} is not NAME=VALUE")
         variables[key] = value
-    chosen, store, built = _prepared(root, name, runtime)
-    gpus = Image.named(root, name).definition.accelerator.kind == "cuda" and gpus_here() > 0
+    chosen, store, built, gpus = _prepared(root, name, runtime)
     task = _task(root, results, command, environment=variables, user=user, interactive=interactive, gpus=gpus)
     raise typer.Exit(chosen.run(store, built, task))
 
@@ -271,16 +271,13 @@ def verify(
     runtime: RuntimeName = "auto",
 ) -> None:
     """Compare an image, from inside, with the lock it carries."""
-    from drydock.hardware import gpus_here
-
     options = [*(["--full"] if full else []), *(["--json"] if as_json else [])]
     if name is None:
         from drydock.verify import main as verify_here
 
         raise typer.Exit(verify_here(options))
     root = project_root()
-    chosen, store, built = _prepared(root, name, runtime)
-    gpus = Image.named(root, name).definition.accelerator.kind == "cuda" and gpus_here() > 0
+    chosen, store, built, gpus = _prepared(root, name, runtime)
     # Only drydock's own package is mounted, at /drydock, so the verifier is ours whatever the checkout is.
     # No bytecode: what Python would write beside its library would be a stray to it.
     task = _task(

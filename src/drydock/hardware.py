@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-from drydock.definition import image_names, read_definition
+from drydock.definition import MACHINES, image_names, read_definition
 
 
 def gpus_here() -> int:
@@ -21,7 +21,9 @@ def hardware_here(root: Path) -> str:
     if gpus_here():
         for name in image_names(root):
             definition = read_definition(root / "images" / name.partition("-")[0] / "image.toml")
-            machine = {"amd64": "x86_64", "arm64": "aarch64"}[definition.architecture]
-            if definition.accelerator.kind == "cuda" and machine == platform.machine():
+            if (
+                definition.accelerator.kind == "cuda"
+                and MACHINES[definition.architecture] == platform.machine()
+            ):
                 return definition.hardware
     return "cpu"
