@@ -39,7 +39,7 @@ from common import (
 )
 
 from drydock.build import Inputs
-from drydock.cli import open_store, project_root
+from drydock.project import open_store, project_root
 from drydock.definition import Image
 from drydock.errors import DrydockError
 from drydock.oci import EPOCH, Layer, read_image

@@ -18,7 +18,7 @@ from typing import cast
 
 from common import Document, Parser, main, say
 
-from drydock.cli import open_store, project_root
+from drydock.project import open_store, project_root
 from drydock.definition import Image
 from drydock.errors import DrydockError
 from drydock.hardware import gpus_here

@@ -33,7 +33,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from drydock.build import Inputs
-from drydock.cli import open_store, project_root
+from drydock.project import open_store, project_root
 from drydock.definition import Image
 from drydock.layer import LEVEL
 from drydock.locks import Artifact

@@ -153,4 +153,8 @@ def _binds(task: Task) -> list[Bind]:
         *files,
         Bind(source=str(task.checkout.resolve()), target=CHECKOUT, read_only=True),
         Bind(source=str(task.make_results().resolve()), target=RESULTS),
+        *(
+            Bind(source=str(source.resolve()), target=target, read_only=True)
+            for target, source in task.inputs.items()
+        ),
     ]

@@ -17,6 +17,7 @@ from drydock.definition import Image, image_names
 from drydock.errors import CheckFailed, DrydockError
 from drydock.locks import Artifact
 from drydock.oci import Built, read_image
+from drydock.project import get_artifacts, open_store, project_root
 from drydock.store import Store
 
 app = typer.Typer(
@@ -31,34 +32,6 @@ Names = Annotated[
 Name = Annotated[str, typer.Argument(metavar="IMAGE", help="an image, as `drydock images` lists them")]
 Json = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 RuntimeName = Annotated[str, typer.Option("--runtime", help="auto, docker or chroot")]
-
-
-def project_root() -> Path:
-    """The checkout to work on: the nearest folder upward that has `images/` and `lock/`, else drydock's own.
-
-    Raises:
-        DrydockError: there is none.
-    """
-    here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).parents[2]):
-        if (folder / "images").is_dir() and (folder / "lock").is_dir():
-            return folder
-    raise DrydockError("no checkout here: run drydock in a folder that has images/ and lock/")
-
-
-def open_store(root: Path) -> Store:
-    """The store: `DRYDOCK_STORE`, or `.drydock` in the checkout."""
-    return Store(Path(os.environ.get("DRYDOCK_STORE") or root / ".drydock"))
-
-
-def get_artifacts(store: Store, artifacts: list[Artifact]) -> Any:
-    """Fetch artifacts from wherever this user's configuration says."""
-    from drydock.fetch import fetch
-    from drydock.indexes import debian_mirrors, read_indexes
-
-    missing = [artifact for artifact in artifacts if not store.has(artifact.sha256, artifact.size)]
-    mirrors = debian_mirrors(os.environ) if any(artifact.kind == "deb" for artifact in missing) else {}
-    return fetch(store, artifacts, read_indexes(os.environ), mirrors)
 
 
 def _say(document: object) -> None:

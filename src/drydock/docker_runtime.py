@@ -139,6 +139,10 @@ class DockerRuntime:
                 mounts=[
                     Mount(CHECKOUT, str(task.checkout.absolute()), type="bind", read_only=True),
                     Mount(RESULTS, str(task.make_results()), type="bind"),
+                    *(
+                        Mount(target, str(source.absolute()), type="bind", read_only=True)
+                        for target, source in task.inputs.items()
+                    ),
                 ],
                 device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if task.gpus else [],
                 init=True,

@@ -38,6 +38,7 @@ class Task:
         command: program and arguments; no shell is put around them.
         checkout: folder seen read-only at `/drydock`.
         results: folder seen read-write at `/results`, made when missing.
+        inputs: path in the image -> file or folder of the host's, seen there read-only.
         environment: added to the image's own; nothing of the host's goes in but TERM.
         user: `root`, or the image's ordinary user `drydock` (uid and gid 1000).
         interactive: standard input goes to the command, as a terminal when it is one.
@@ -48,6 +49,7 @@ class Task:
     command: tuple[str, ...]
     checkout: Path
     results: Path
+    inputs: dict[str, Path] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     user: User = "root"
     interactive: bool = False

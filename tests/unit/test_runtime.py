@@ -199,6 +199,27 @@ def test_output_keeps_its_stream(
     assert "to err\n" in captured.err
 
 
+def test_inputs_are_seen_read_only_where_they_are_asked_for(
+    any_runtime: Runtime, store: Store, image: Built, task: Callable[..., Task], tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("a folder's")
+    (tmp_path / "data").write_text("a file's")
+    code = """
+assert open("/inputs/model/config.json").read() == "a folder's"
+assert open("/inputs/data").read() == "a file's"
+for path in ("/inputs/data", "/inputs/model/new"):
+    try:
+        open(path, "w")
+    except OSError as error:
+        assert error.strerror == "Read-only file system", error
+    else:
+        raise AssertionError(path)
+"""
+    inputs = {"/inputs/model": tmp_path / "model", "/inputs/data": tmp_path / "data"}
+    assert any_runtime.run(store, image, task(code, inputs=inputs)) == 0
+
+
 def test_what_a_command_sees(
     any_runtime: Runtime,
     store: Store,

@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--full", action="store_true", help="compare every file's hash, not only its size")
     parser.add_argument("--json", action="store_true", help="print one JSON document on one line")
+    parser.add_argument("--document", type=Path, metavar="FILE", help="also write the JSON document there")
     parser.add_argument(
         "--root", type=Path, default=Path("/"), metavar="DIR", help="an image unpacked in DIR"
     )
@@ -77,5 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DrydockError as error:
         print(printable(str(error)), file=sys.stderr)
         return error.exit_status
+    if options.document:
+        options.document.write_text(json.dumps(report.document()) + "\n")
     print(json.dumps(report.document()) if options.json else "\n".join(text_lines(report)))
     return 0 if report.verdict == "ok" else 1
