@@ -1,0 +1,29 @@
+"""What pytest's side and its watchdog say to each other: lines of JSON over a socket, and two signals."""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import Any
+
+OUT = signal.SIGRTMAX - 2
+"""To pytest: leave what you are in, it is over its budget. The kernel sends it too when the watchdog dies."""
+DUMP = signal.SIGRTMAX - 1
+"""To pytest: faulthandler writes every thread's stack."""
+
+
+def pack(message: dict[str, Any]) -> bytes:
+    """A message as its line."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+class Lines:
+    """Messages out of the bytes of a stream."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """The messages that these bytes complete."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [json.loads(line) for line in lines]
