@@ -1,0 +1,167 @@
+"""What the harness must know of an inference engine: its command, its parser, its log and its endpoints."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from drydock.server.errors import FlagError, ServerError
+from drydock.server.processes import Kept, readable
+
+LAUNCHER = Path(__file__).with_name("launch.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """An engine whose server speaks OpenAI's API.
+
+    Parameters:
+        name: as people write it.
+        module: what `python -m` runs as the server.
+        parser: `module:function` that gets the flags, imports the engine, and returns name -> value of what its
+            own parser accepts; where it refuses, it raises SystemExit with the parser's words, or anything else.
+        own: the flags that the harness gives after the user's, with {model}, {name}, {host} and {port}.
+        loading, loaded: texts of the log, one of which says that the weights begin, or have ended, to load.
+        development: environment that opens the endpoints for development.
+        reload: loads the weights from the model's folder again, given a function that sends a POST to a path.
+        not_reloaded: texts of the log that say that a reload was not whole, though it was answered as if.
+    """
+
+    name: str
+    module: str
+    parser: str
+    own: tuple[str, ...]
+    loading: tuple[str, ...]
+    loaded: tuple[str, ...]
+    development: Mapping[str, str] = field(default_factory=dict)
+    reload: Callable[[Callable[[str, Mapping[str, Any]], Any]], None] | None = None
+    not_reloaded: tuple[str, ...] = ()
+
+    def flags(self, flags: Sequence[str], **values: object) -> list[str]:
+        """The user's flags and the harness's own."""
+        return [*flags, *(flag.format(**values) for flag in self.own)]
+
+    def launch(self, verdict: int, flags: Sequence[str], *, serve: bool) -> list[str]:
+        """The command that judges flags, writes the verdict to a handle and, when accepted, serves."""
+        module = self.module if serve else ""
+        return [sys.executable, "-P", str(LAUNCHER), str(verdict), self.parser, module, *flags]
+
+    def parse(self, flags: Sequence[str], timeout: float = 120.0) -> dict[str, Any]:
+        """What the engine's own parser makes of flags: name -> value, defaults included.
+
+        Values that JSON does not have are given as their `repr`.
+
+        Raises:
+            FlagError: it refuses them.
+            ServerError: the engine cannot be asked.
+        """
+        with tempfile.TemporaryFile() as output, Verdict() as verdict:
+            kept = Kept(
+                self.launch(verdict.handle, flags, serve=False),
+                environment=os.environ, output=output, handles=[verdict.handle],
+            )  # fmt: skip
+            try:
+                return verdict.wait(self, kept, timeout)
+            except FlagError:
+                raise
+            except ServerError as error:
+                output.seek(0)
+                last = output.read().decode(errors="replace").splitlines()[-25:]
+                raise ServerError("\n".join([str(error), *last])) from None
+            finally:
+                kept.kill()
+
+
+class Verdict:
+    """The pipe through which the launcher says what the parser said."""
+
+    def __init__(self) -> None:
+        self._read, self.handle = os.pipe()
+
+    def __enter__(self) -> Verdict:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._read)
+        os.close(self.handle)
+
+    def wait(self, engine: Engine, kept: Kept, seconds: float) -> dict[str, Any]:
+        """The values that the parser accepted.
+
+        Raises:
+            FlagError: it refused the flags.
+            ServerError: the engine cannot be imported, or there was no verdict in time.
+        """
+        deadline = time.monotonic() + seconds
+        text = b""
+        while not text.endswith(b"\n"):
+            if readable(self._read, 0.1):
+                text += os.read(self._read, 1 << 16)
+            elif fate := kept.fate():
+                raise ServerError(f"{engine.name} ended {fate} before its parser had judged the flags")
+            elif time.monotonic() >= deadline:
+                raise ServerError(f"{engine.name}'s parser did not judge the flags within {seconds:.3g} s")
+        said = json.loads(text)
+        if "refused" in said:
+            raise FlagError(f"{engine.name} refuses the flags: {said['refused']}")
+        if "broken" in said:
+            raise ServerError(f"{engine.name} cannot be asked about its flags: {said['broken']}")
+        accepted: dict[str, Any] = said["accepted"]
+        return accepted
+
+
+def parse_vllm(flags: list[str]) -> dict[str, Any]:
+    """vLLM's own verdict, in the steps of vllm/entrypoints/openai/api_server.py (0.24)."""
+    arguments = importlib.import_module("vllm.entrypoints.openai.cli_args")
+    parser = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser(prog="vllm")
+
+    def refuse(words: str) -> None:
+        raise SystemExit(words)
+
+    parser.error = refuse
+    accepted = arguments.make_arg_parser(parser).parse_args(flags)
+    arguments.validate_parsed_serve_args(accepted)
+    if accepted.model_tag is not None:
+        # The parser takes a stray word, such as the "true" of `--enforce-eager true`, as the model's name, which
+        # this server then does not use.
+        refuse(f"unrecognized arguments: {accepted.model_tag}")
+    return dict(vars(accepted))
+
+
+def reload_vllm(post: Callable[[str, Mapping[str, Any]], Any]) -> None:
+    """Through the workers' own reload_weights; what was cached of prompts came from the old weights.
+
+    vLLM 0.24 answers null though a tensor is missing from the files: it logs those of which it got nothing, see
+    `not_reloaded`, and does not notice a part of a fused one (q_proj of qkv_proj), whose place then holds anything.
+    """
+    answer = post("/collective_rpc", {"method": "reload_weights"})
+    results = answer.get("results") if isinstance(answer, dict) else None
+    if not results or any(result is not None for result in results):
+        raise ServerError(
+            f"/collective_rpc reload_weights: every worker should answer null, got {str(answer)[:300]}"
+        )
+    post("/reset_prefix_cache", {})
+
+
+VLLM = Engine(
+    name="vLLM",
+    # The module and not the `vllm` script: the script asks for a distribution named vllm, which the cpu image's
+    # build of it is not.
+    module="vllm.entrypoints.openai.api_server",
+    parser="drydock.server.engines:parse_vllm",
+    own=("--model", "{model}", "--served-model-name", "{name}", "--host", "{host}", "--port", "{port}"),
+    loading=("Starting to load model",),
+    # The first is the safetensors loader's; with others, what follows on a GPU or a CPU.
+    loaded=("Loading weights took", "Model loading took", "Warming up model"),
+    development={"VLLM_SERVER_DEV_MODE": "1"},
+    reload=reload_vllm,
+    not_reloaded=("weights were not loaded from checkpoint",),
+)
