@@ -1,0 +1,193 @@
+"""What transformers says of the served model, and how far from it the server may lie."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from client import Generation, generate, prefill, random_prompt
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import tiny_models
+from drydock.server import Server
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A tiny model, how it is served, and how exact its log-probabilities must be.
+
+    A router that finds two experts nearly alike may choose another one for the last bit of a sum, in any two
+    implementations, and what follows is another computation. Positions where that can happen are held to
+    `near_tie`, all others to `bound`.
+    """
+
+    make: Callable[[Path, int], Path]
+    dtype: str
+    bound: float
+    """Nats."""
+    tie: float = 0.0
+    """Router logits of the last chosen and the first rejected expert that are closer than this make a near tie."""
+    near_tie: float = 0.0
+    """Nats."""
+    near_ties: float = 0.0
+    """The largest share of positions that may be near ties."""
+    faults: dict[str, Callable[[PreTrainedModel], None]] = field(default_factory=dict)
+    """Smaller than any real mistake, and still to be seen."""
+
+
+class Reference:
+    """The weights as they are served, computed in float32."""
+
+    def __init__(self, folder: Path, kind: Kind) -> None:
+        self.kind = kind
+        dtype = getattr(torch, kind.dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).float().eval()
+
+    def with_fault(self, name: str) -> Reference:
+        """A copy with one of the kind's faults in it."""
+        broken = copy.copy(self)
+        broken.model = copy.deepcopy(self.model)
+        with torch.no_grad():
+            self.kind.faults[name](broken.model)
+        return broken
+
+    @torch.no_grad()
+    def __call__(self, tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities [position][vocabulary] of every token but the first, and [position] near ties."""
+        inputs = torch.tensor([tokens[:-1]])
+        if not self.kind.tie:
+            return self.model(inputs).logits[0].double().log_softmax(-1), torch.zeros(len(tokens) - 1).bool()
+        output = self.model(inputs, output_router_logits=True)
+        chosen = self.model.config.num_experts_per_tok
+        ranked = torch.stack(output.router_logits).topk(chosen + 1, dim=-1).values
+        margins = (ranked[..., chosen - 1] - ranked[..., chosen]).amin(0)
+        return output.logits[0].double().log_softmax(-1), margins < self.kind.tie
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Tokens, and what a server says of them: each prefilled as a prompt, the last ones generated as well."""
+
+    tokens: tuple[int, ...]
+    prefilled: tuple[tuple[float, ...], ...]
+    generated: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How a server's log-probabilities compare with the reference's."""
+
+    gap: float
+    """The largest, in nats, where the routing is clear."""
+    near_tie_gap: float
+    near_ties: float
+    """The share of such positions."""
+    beyond: list[str]
+    """A line for every position that is further off than it may be; empty when they agree."""
+
+
+def score(server: Server, lengths: Sequence[int], new_tokens: int) -> list[Scored]:
+    """Greedy continuations of prompts of these lengths, scored both ways."""
+    generations = [
+        generate(server, random_prompt(length, seed), new_tokens)[0] for seed, length in enumerate(lengths)
+    ]
+    return [
+        Scored(
+            tokens=generation.prompt + generation.tokens,
+            # The last one is left out: with it there would be no room for the one token that a request makes.
+            prefilled=prefill(server, (generation.prompt + generation.tokens)[:-1]),
+            generated=generation.log_probs,
+        )
+        for generation in generations
+    ]
+
+
+def scored(generation: Generation) -> Scored:
+    """A generation as something to compare."""
+    return Scored(tokens=generation.prompt + generation.tokens, prefilled=(), generated=generation.log_probs)
+
+
+def compare(reference: Reference, answers: Sequence[Scored]) -> Agreement:
+    """Hold every position of every answer against the reference."""
+    gaps, ties, labels = [], [], []
+    for answer in answers:
+        expected, near = reference(answer.tokens)
+        start = len(expected) - len(answer.generated)
+        for first, rows, how in ((0, answer.prefilled, "prefilled"), (start, answer.generated, "generated")):
+            if not rows:
+                continue
+            last = first + len(rows)
+            gaps.append((torch.tensor(rows, dtype=torch.float64) - expected[first:last]).abs().amax(-1))
+            ties.append(near[first:last])
+            labels += [f"{how} token {place + 1} of {len(answer.tokens)}" for place in range(first, last)]
+    gap, tie = torch.cat(gaps), torch.cat(ties)
+    kind = reference.kind
+    limit = torch.where(tie, kind.near_tie, kind.bound)
+    beyond = [
+        f"{labels[place]}: {gap[place]:.2e} nats from the reference, the bound is {limit[place]:.0e}"
+        # A NaN is beyond any bound.
+        for place in (~(gap <= limit)).nonzero().flatten().tolist()
+    ]
+    share = float(tie.double().mean())
+    if share > kind.near_ties:
+        beyond.append(f"{share:.0%} of the positions are near ties, more than {kind.near_ties:.0%}")
+    return Agreement(
+        gap=float(gap[~tie].max()),
+        near_tie_gap=float(gap[tie].max()) if tie.any() else 0.0,
+        near_ties=share,
+        beyond=beyond,
+    )
+
+
+def _swap_experts(model: PreTrainedModel) -> None:
+    weight = model.model.layers[1].mlp.experts.down_proj
+    weight[[2, 5]] = weight[[5, 2]].clone()
+
+
+def _no_renormalisation(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        layer.mlp.gate.norm_topk_prob = False
+
+
+def _norm_off(model: PreTrainedModel) -> None:
+    model.model.layers[1].input_layernorm.weight[7] *= 1.01
+
+
+def _no_key_norm(model: PreTrainedModel) -> None:
+    model.model.layers[0].self_attn.k_norm.weight.fill_(1.0)
+
+
+def _swap_heads(model: PreTrainedModel) -> None:
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    weight.copy_(weight.roll(32, dims=0))
+
+
+DENSE = Kind(
+    make=tiny_models.make_qwen3,
+    dtype="float32",
+    bound=1e-5,
+    faults={
+        "one weight of a norm off by 1%": _norm_off,
+        "key norm not loaded": _no_key_norm,
+        "heads swapped": _swap_heads,
+    },
+)
+
+MOE = Kind(
+    make=tiny_models.make_qwen3_moe,
+    dtype="bfloat16",
+    bound=0.03,
+    tie=0.008,
+    near_tie=0.2,
+    near_ties=0.3,
+    faults={
+        "two experts swapped": _swap_experts,
+        "router weights not renormalised": _no_renormalisation,
+        "heads swapped": _swap_heads,
+        "key norm not loaded": _no_key_norm,
+    },
+)
+KINDS = {"dense": DENSE, "moe": MOE}

@@ -1,0 +1,33 @@
+"""Log-probabilities of a served model are those that transformers computes from the same weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import Served
+from reference import DENSE, MOE, Reference, Scored, compare
+
+
+def test_every_token_prefilled_and_generated(
+    reference: Reference, answers: list[Scored], record: Any
+) -> None:
+    agreement = compare(reference, answers)
+    assert agreement.beyond == []
+    record("gap", agreement.gap)
+    record("near_tie_gap", agreement.near_tie_gap)
+    record("near_ties", agreement.near_ties)
+
+
+@pytest.mark.parametrize(
+    ("served", "fault"),
+    [("dense", fault) for fault in DENSE.faults] + [("moe", fault) for fault in MOE.faults],
+    indirect=["served"],
+)
+def test_a_small_fault_is_seen(
+    served: Served, fault: str, reference: Reference, answers: list[Scored], record: Any
+) -> None:
+    agreement = compare(reference.with_fault(fault), answers)
+    record("gap", agreement.gap)
+    assert agreement.beyond, f"{fault}: {agreement.gap:.1e} nats and nobody complains"
+    assert agreement.gap > 2 * served.kind.bound, "seen, but by a hair"

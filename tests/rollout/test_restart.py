@@ -1,0 +1,48 @@
+"""A server can be started again and again: it answers the same, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client import generate, random_prompt
+from conftest import Launch
+from reference import DENSE
+
+from drydock.server import VLLM, Server
+
+
+def left_behind() -> dict[str, Any]:
+    """What a server could leave: shared memory, temporary files, and open files of this process."""
+    return {
+        "shared": {path.name for path in Path("/dev/shm").iterdir()},
+        "temporary": {path.name for path in Path(tempfile.gettempdir()).iterdir()},
+        "open": len(list(Path("/proc/self/fd").iterdir())),
+    }
+
+
+@pytest.mark.full("five starts of a server take minutes")
+def test_every_start_is_like_the_first(
+    launch: Launch, profile: Mapping[str, Any], results: Path, tmp_path: Path, record: Any
+) -> None:
+    folder = DENSE.make(tmp_path, 0)
+    shared = left_behind()["shared"]
+    flags = ["--dtype", DENSE.dtype, *launch.flags]
+    found, seconds, left = [], [], []
+    for number in range(profile["starts"]):
+        log = results / f"vllm-start-{number + 1}.log"
+        with Server(VLLM, folder, flags, log=log, environment=launch.environment) as server:
+            found.append(generate(server, random_prompt(20, seed=800), profile["new_tokens"]))
+            assert server.stop() == {}, f"start {number + 1} had to be killed"
+        assert server.survivors() == {}
+        seconds.append(server.ready_seconds)
+        left.append(left_behind())
+    record("series", {"title": "Seconds until a server is ready", "x": list(range(1, len(seconds) + 1)), "y": seconds,
+                      "x_label": "start", "y_label": "s", "threshold": None})  # fmt: skip
+    assert found == found[:1] * profile["starts"]
+    assert left[0]["shared"] == shared
+    # The first start may fill caches that the others use; after it nothing may come to what is there.
+    assert left == left[:1] * profile["starts"]
