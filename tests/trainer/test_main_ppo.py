@@ -1,0 +1,160 @@
+"""verl's own entry point: its configuration, data and reward checked on any machine, the run itself on a GPU."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import ray
+import torch
+import verl_run
+from arithmetic import Problem, problems
+from children import run_child
+from grpo import Learner
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
+from verl.trainer.ppo.reward import get_custom_reward_fn
+from verl.trainer.ppo.utils import create_rl_dataset, need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the entry point is given."""
+
+    known: list[Problem]
+    model: Path
+    data: Path
+    output: Path
+    overrides: list[str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, profile: Mapping[str, Any]) -> Run:
+    folder = tmp_path_factory.mktemp("main_ppo")
+    known = problems(profile["operands"])
+    model = verl_run.make_model(folder / "model", known, profile["warm_up_steps"])
+    data = verl_run.make_data(folder / "problems.parquet", known)
+    given = verl_run.overrides(model, data, folder / "checkpoints", len(known), profile)
+    return Run(known=known, model=model, data=data, output=folder / "checkpoints", overrides=given)
+
+
+@pytest.fixture
+def configured() -> Iterator[None]:
+    """hydra finds verl's configuration, as in `python -m verl.trainer.main_ppo`."""
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        yield
+
+
+@pytest.fixture
+def config(configured: None, run: Run) -> DictConfig:  # noqa: ARG001
+    return compose("ppo_trainer", overrides=run.overrides)
+
+
+def test_every_override_is_one_that_verl_has(config: DictConfig, run: Run) -> None:
+    added = [item.partition("=")[0] for item in run.overrides if item.startswith("+")]
+    allowed = {f"+ray_kwargs.ray_init.{name}" for name in inspect.signature(ray.init).parameters}
+    # A dictionary that is meant to be filled; its key is read where the model's configuration is made, below.
+    allowed.add("+actor_rollout_ref.model.override_config.attn_implementation")
+    assert set(added) <= allowed
+    validate_config(config, need_reference_policy(config), need_critic(config))
+    assert config.actor_rollout_ref.rollout.n > 1
+    assert not need_critic(config)
+    model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
+    assert model.hf_config._attn_implementation == "sdpa"
+    for part in ("actor", "rollout"):
+        omega_conf_to_dataclass(config.actor_rollout_ref[part])
+
+
+@pytest.mark.usefixtures("configured")
+@pytest.mark.parametrize("wrong", ["trainer.total_steps=1", "actor_rollout_ref.rollout.samples=8"])
+def test_an_override_that_verl_does_not_have_is_refused(run: Run, wrong: str) -> None:
+    with pytest.raises(HydraException):
+        compose("ppo_trainer", overrides=[*run.overrides, wrong])
+
+
+def test_a_batch_that_the_actor_cannot_split_is_refused(config: DictConfig) -> None:
+    config.actor_rollout_ref.actor.ppo_mini_batch_size = 2 * config.data.train_batch_size
+    with pytest.raises(ValueError, match="must be >="):
+        validate_config(config, need_reference_policy(config), need_critic(config))
+
+
+def test_data_and_prompt_are_what_the_model_was_warmed_up_with(config: DictConfig, run: Run) -> None:
+    learner = Learner(run.model)
+    rows = create_rl_dataset(config.data.train_files, config.data, learner.tokenizer, None)
+    assert len(rows) == len(run.known)
+    builder = create_continuous_token_builder(learner.tokenizer, hf_model_type="qwen3")
+    for row, problem in zip(rows, run.known, strict=True):
+        assert builder.build_initial_tokens(list(row["raw_prompt"])) == learner.tokenizer.encode(
+            problem.prompt
+        )
+        assert row["reward_model"]["ground_truth"] == problem.answer
+
+
+def test_the_reward_is_the_tasks(config: DictConfig, run: Run) -> None:
+    score = get_custom_reward_fn(config)
+    assert score
+    assert get_reward_manager_cls(config.reward.reward_manager.name).__name__ == "NaiveRewardManager"
+    for problem in run.known:
+        for digit in "0123456789":
+            given = {
+                "data_source": "drydock/arithmetic", "ground_truth": problem.answer,
+                "extra_info": {"num_turns": 2},
+            }  # fmt: skip
+            assert score(solution_str=digit, **given) == float(digit == problem.answer)
+            assert score(solution_str=digit + "0", **given) == 0.0
+
+
+@pytest.mark.full("it trains and rolls out on an accelerator")
+@pytest.mark.needs(gpus=1)
+def test_main_ppo_learns(run: Run, profile: Mapping[str, Any], results: Path, record: Any) -> None:
+    metrics = results / "main-ppo-metrics.jsonl"
+    errors = results / "main-ppo.err"
+    ended = run_child(
+        verl_run.command(run.overrides), output=results / "main-ppo.out", errors=errors,
+        deadline=profile["main_ppo_deadline"],
+        environment={
+            "VERL_FILE_LOGGER_PATH": str(metrics), "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1",
+        },
+    )  # fmt: skip
+    last = errors.read_text()[-4000:]
+    assert ended.status == 0, f"status {ended.status} within {profile['main_ppo_deadline']} s\n{last}"
+    assert ended.left == []
+
+    steps = [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
+    steps = [step for step in steps if "actor/pg_loss" in step]
+    assert len(steps) == profile["steps"]
+    rewards = [step["critic/score/mean"] for step in steps]
+    gaps = [step["training/rollout_probs_diff_max"] for step in steps]
+    best = max(Counter(problem.answer for problem in run.known).values()) / len(run.known)
+    threshold = max(best, rewards[0]) + profile["margin"]
+    record(
+        "series",
+        {
+            "title": "verl.trainer.main_ppo on a+b=", "x_label": "step", "y_label": "mean reward",
+            "threshold": threshold, "x": list(range(1, len(steps) + 1)), "y": rewards,
+        },
+    )  # fmt: skip
+    record("gap", gaps)
+    assert all(math.isfinite(step[name]) for step in steps for name in ("actor/pg_loss", "actor/grad_norm"))
+    assert max(gaps) < profile["main_ppo_gap_bound"]
+    assert mean(rewards[-3:]) > threshold
+
+    (trained,) = run.output.glob(f"global_step_{profile['steps']}/actor/huggingface/*.safetensors")
+    before, after = load_file(run.model / "model.safetensors"), load_file(trained)
+    assert before.keys() == after.keys()
+    same = [name for name in before if torch.equal(before[name].to(after[name].dtype), after[name])]
+    assert same == [], "these parameters did not change"
