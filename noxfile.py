@@ -26,8 +26,14 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(tags=["fast"])
 def vllm_fast(session: nox.Session) -> None:
-    """Build or reuse vLLM's image for the hardware found, verify it, run its tiers inside it.
+    """Trainer, rollout and EPLB tiers in vLLM's image for this machine, small: minutes, under budgets.
 
-    Narrow it with `-- --hardware cpu --runtime chroot --tier rollout -k greedy`.
+    Narrow it with `-- --hardware cpu --runtime chroot --tier rollout -k greedy`; `-- --help` lists all.
     """
     session.run(sys.executable, "-m", "drydock.session", "vllm", "fast", *session.posargs)
+
+
+@nox.session(tags=["full"])
+def vllm_full(session: nox.Session) -> None:
+    """The same at the boundaries that fast gives up: long sequences, large batches, real GPUs and EPLB."""
+    session.run(sys.executable, "-m", "drydock.session", "vllm", "full", *session.posargs)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
+from drydock.budget_cli import budget
 from drydock.definition import Image, image_names
 from drydock.errors import CheckFailed, DrydockError
 from drydock.locks import Artifact
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reproducible environments for LLM reinforcement-learning stacks.",
 )
+app.add_typer(budget, name="budget")
 
 Names = Annotated[
     list[str] | None, typer.Argument(metavar="[IMAGE]...", help="images; all when none is named")
@@ -261,6 +263,30 @@ def verify(
         gpus=gpus,
     )
     raise typer.Exit(chosen.run(store, built, task))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="such as results/vllm_fast/latest")],
+    as_json: Json = False,
+) -> None:
+    """Make a run's page and JUnit file again from its report.json, and print its summary."""
+    from drydock.report import DOCUMENT, JUNIT, PAGE, summary, write
+
+    made = write(folder / DOCUMENT, folder)
+    if not as_json:
+        summary(made, folder)
+        return
+    _say(
+        {
+            "session": made.session,
+            "image": made.image.name,
+            "outcome": "passed" if made.ok else "failed",
+            "verdict": made.verdict,
+            "html": str(folder / PAGE),
+            "junit": str(folder / JUNIT),
+        }
+    )
 
 
 def _terminated(number: int, _: FrameType | None) -> NoReturn:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
+import subprocess
 from pathlib import Path
+from typing import Any
 
 from drydock.definition import MACHINES, image_names, read_definition
 
@@ -27,3 +31,33 @@ def hardware_here(root: Path) -> str:
             ):
                 return definition.hardware
     return "cpu"
+
+
+def device_here(cuda: bool) -> dict[str, Any]:
+    """What tests ran on: the CPU's model, cores and bytes of memory, and the GPUs where they were used."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return {
+        "kind": "cuda" if cuda else "cpu",
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": _gpus() if cuda else [],
+    }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
+    return [
+        {"name": name, "memory_bytes": int(mebibytes) << 20, "driver": driver}
+        for name, mebibytes, driver in rows
+    ]

@@ -148,8 +148,11 @@ def write_image(
     return built
 
 
-def read_image(store: Store, name: str) -> Built:
+def read_image(store: Store, name: str, whole: bool = True) -> Built:
     """The image that was last built under this name.
+
+    Parameters:
+        whole: its layers' blobs must be there; unpacked ones are enough for the chroot runtime.
 
     Raises:
         DrydockError: it was not built in this store, or a blob of it is gone.
@@ -176,7 +179,7 @@ def read_image(store: Store, name: str) -> Built:
             for layer in record["layers"]
         ),
     )
-    if not all(store.has(layer.digest, layer.size) for layer in built.layers):
+    if whole and not all(store.has(layer.digest, layer.size) for layer in built.layers):
         raise DrydockError(f"layers of {name} are gone from {store.root}: run `drydock build {name}`")
     return built
 

@@ -1,128 +1,410 @@
-"""What `nox -s <engine>_<profile>` does: the image for the hardware found, verified, then its tiers inside it."""
+"""`nox -s <engine>_<profile>`: the image for the hardware found, verified, its tiers run inside it, a report."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
 from drydock.definition import Image
 from drydock.errors import CheckFailed, DrydockError
-from drydock.hardware import gpus_here, hardware_here
-from drydock.runtime import CHECKOUT, RESULTS, Task, choose, inside
+from drydock.hardware import device_here, gpus_here, hardware_here
+from drydock.oci import Built, read_image
+from drydock.project import get_artifacts, open_store, project_root
+from drydock.runtime import CHECKOUT, MANIFEST, RESULTS, Task, choose, inside
+from drydock.store import Store
+from drydock.tiers.budgets import read_budgets, tier_budget
 
-TIERS = ("rollout",)
+TIERS = ("rollout", "trainer", "eplb")
 """Folders under `tests/`, in the order they run."""
+PROFILES = ("fast", "full")
+INPUTS = {"gsm8k_model": "/inputs/gsm8k-model", "gsm8k_data": "/inputs/gsm8k-data"}
+"""Option -> where what it names is seen in the image."""
+PATIENCE = 60.0
+"""Seconds past the session's ceiling after which its command is ended from outside. The tiers end by themselves
+long before; this is for a watchdog that hangs itself."""
 
 
-def run_tiers(root: Path, arguments: argparse.Namespace) -> None:
-    """Build or reuse the image, verify it inside, run its tiers inside.
+class OutOfTime(SystemExit):
+    """The session's command did not end in time; unwinds as ctrl-C does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the session's commands run: an image in a runtime, or this very process's surroundings.
+
+    `checkout` and `results` are the folders as seen there, `inputs` the options' paths as seen there.
+    """
+
+    runtime: str
+    image: dict[str, Any]
+    cuda: bool
+    checkout: str
+    results: str
+    inputs: dict[str, str]
+    run: Callable[[list[str], dict[str, str]], int]
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What the session has seen so far; `document()` is the report's input at any time.
+
+    `clock` is when the image was there and the session proper began: budgets are for what runs in the image,
+    not for how much of it this machine had to build or load.
+    """
+
+    options: argparse.Namespace
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
+    clock: float = field(default_factory=time.monotonic)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    tiers: list[dict[str, Any]] = field(default_factory=list)
+    not_run: list[dict[str, str]] = field(default_factory=list)
+    verification: dict[str, Any] | None = None
+    ceiling: float | None = None
+    detail: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.options.engine}_{self.options.profile}"
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time one step of the session."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.steps.append({"name": name, "seconds": round(time.monotonic() - began, 3)})
+
+    def failures(self) -> list[str]:
+        """One line for everything that keeps this session from having passed."""
+        lines = [self.detail] if self.detail else []
+        lines += [f"{tier['tier']}: {tier['detail']}" for tier in self.tiers if tier["outcome"] != "passed"]
+        if not lines and not any(
+            test["outcome"] == "passed" for tier in self.tiers for test in tier["tests"]
+        ):
+            lines.append("no test ran")
+        return lines
+
+    def document(self, root: Path, place: Place) -> dict[str, Any]:
+        """The session's document, for the report."""
+        seconds = time.monotonic() - self.clock
+        tested = sum(tier["seconds"] for tier in self.tiers)
+        failures = self.failures()
+        return {
+            "schema": 1,
+            "session": self.name,
+            "engine": self.options.engine,
+            "profile": self.options.profile,
+            "image": place.image,
+            "drydock": _commit(root),
+            "began": self.began.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "seconds": round(seconds, 3),
+            "outcome": "failed" if failures else "passed",
+            "detail": "; ".join(failures),
+            "runtime": place.runtime,
+            "device": device_here(place.cuda),
+            "verification": self.verification,
+            "steps": self.steps,
+            "overhead_seconds": round(seconds - tested, 3),
+            "budget": None if self.ceiling is None else {"ceiling": self.ceiling},
+            "tiers": self.tiers,
+            "not_run": self.not_run,
+        }
+
+
+def run_session(root: Path, options: argparse.Namespace) -> None:
+    """Build or reuse the image, verify it inside, run its tiers inside, write the report.
 
     Raises:
-        CheckFailed: the image differs from its lock, or a test failed.
+        CheckFailed: the image differs from its lock, a test failed, or a budget was not kept.
         DrydockError: the hardware asked for is not here, or the image cannot be built or run.
     """
-    results = root / "results" / f"{arguments.engine}_{arguments.profile}"
-    results.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    if inside():
-        _run_here(root, results, arguments)
-    else:
-        _run_in_image(root, results, arguments)
-    print(f"{arguments.engine}_{arguments.profile}: passed in {time.monotonic() - began:.0f} s", flush=True)
+    record = Record(options=options)
+    manifest = json.loads(MANIFEST.read_text()) if inside() else None
+    name = manifest["image"] if manifest else f"{options.hardware or hardware_here(root)}-{options.engine}"
+    if not options.unbudgeted:
+        # Before minutes of building: without budgets nothing runs.
+        record.ceiling = _ceiling(root / "tests" / "budgets.toml", name, options)
+    folder = _new_folder(root / "results" / record.name, record.began)
+    place = (
+        _here(root, folder, manifest, _inputs(options)) if manifest else _place(root, name, folder, record)
+    )
+    record.clock = time.monotonic()
+    try:
+        with _deadline(record.ceiling):
+            _run(folder, place, record)
+    except OutOfTime:
+        record.detail = (
+            f"ended from outside {PATIENCE:.0f} s after its ceiling of {record.ceiling:.0f} s: "
+            "the tier's own watchdog did not end it"
+        )
+    except (KeyboardInterrupt, SystemExit):
+        record.detail = "interrupted"
+        raise
+    finally:
+        _report(root, folder, place, record)
+    if failures := record.failures():
+        raise CheckFailed(f"{record.name} failed: {failures[0]}")
 
 
-def _pytest(arguments: argparse.Namespace, checkout: str, results: str) -> list[str]:
-    tiers = [arguments.tier] if arguments.tier else list(TIERS)
-    return [
-        "python", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-        f"--rootdir={checkout}", "-c", f"{checkout}/pyproject.toml",
-        f"--junitxml={results}/junit.xml",
-        *([] if not arguments.keyword else ["-k", arguments.keyword]),
-        *(f"{checkout}/tests/{tier}" for tier in tiers),
+def _chosen(options: argparse.Namespace) -> list[str]:
+    return [options.tier] if options.tier else list(TIERS)
+
+
+def _ceiling(budgets: Path, image: str, options: argparse.Namespace) -> float | None:
+    """Seconds that the session may take.
+
+    Raises:
+        DrydockError: a tier that is to run has no budget.
+    """
+    for tier in _chosen(options):
+        tier_budget(budgets, image, options.profile, tier)
+    limit = read_budgets(budgets)[image, options.profile].session
+    return limit.ceiling if limit else None
+
+
+def _run(folder: Path, place: Place, record: Record) -> None:
+    chosen = _chosen(record.options)
+    record.not_run += [
+        {"what": f"the {tier} tier", "reason": f"only {chosen[0]} was asked for (--tier)"}
+        for tier in TIERS
+        if tier not in chosen
+    ]
+    with record.step("verification"):
+        document = f"{place.results}/verification.json"
+        status = place.run(["python", "-m", "drydock.verify", "--document", document], {})
+    with contextlib.suppress(OSError, ValueError):
+        record.verification = json.loads((folder / "verification.json").read_text())
+    if status:
+        record.detail = f"the image is not what its lock says (verification ended with status {status})"
+        record.not_run += [{"what": f"the {tier} tier", "reason": "verification failed"} for tier in chosen]
+        return
+    for tier in chosen:
+        with record.step(tier):
+            status = place.run(*_pytest(tier, place, record))
+        record.tiers.append(_tier_document(folder, tier, status, record))
+
+
+def _pytest(tier: str, place: Place, record: Record) -> tuple[list[str], dict[str, str]]:
+    options = record.options
+    command = [
+        "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "drydock.tiers.plugin",
+        f"--rootdir={place.checkout}", "-c", f"{place.checkout}/pyproject.toml",
+        f"--tier={tier}", f"--profile={options.profile}", f"--image={place.image['name']}",
+        f"--results={place.results}",
+        *(["--unbudgeted"] if options.unbudgeted else []),
+        *(f"--{name.replace('_', '-')}={path}" for name, path in place.inputs.items()),
+        *(["-k", options.keyword] if options.keyword else []),
+        f"{place.checkout}/tests/{tier}",
     ]  # fmt: skip
+    if record.ceiling is not None:
+        command.insert(-1, f"--session-seconds={record.ceiling - (time.monotonic() - record.clock):.1f}")
+    return command, {"DRYDOCK_RESULTS": place.results}
 
 
-def _environment(checkout: str, results: str) -> dict[str, str]:
-    # No bytecode of ours beside the image's library: it would be a stray to the next verification.
-    return {"PYTHONPATH": f"{checkout}/src", "PYTHONDONTWRITEBYTECODE": "1", "DRYDOCK_RESULTS": results}
+def _tier_document(folder: Path, tier: str, status: int, record: Record) -> dict[str, Any]:
+    """The tier's document, made to tell the truth about a pytest that ended otherwise than it says."""
+    try:
+        document: dict[str, Any] = json.loads((folder / f"{tier}.json").read_text())
+    except (OSError, ValueError):
+        return {
+            "schema": 1, "tier": tier, "profile": record.options.profile, "seconds": record.steps[-1]["seconds"],
+            "outcome": "crashed", "detail": f"pytest ended with status {status} and left no document",
+            "complete": False, "phases": {}, "budget": None, "tests": [], "not_selected": [],
+            "profile_values": [], "survivors": [],
+        }  # fmt: skip
+    if record.options.keyword and not document["tests"] and document["not_selected"]:
+        record.not_run.append({"what": f"the {tier} tier", "reason": "-k selects nothing in it"})
+        document |= {"outcome": "passed", "detail": ""}
+    elif status and document["outcome"] == "passed":
+        document |= {"outcome": "failed", "detail": f"pytest ended with status {status}"}
+    return document
 
 
-def _run_here(root: Path, results: Path, arguments: argparse.Namespace) -> None:
-    environment = {**os.environ, **_environment(str(root), str(results))}
-    for step, command in (
-        ("verification", ["python", "-m", "drydock.verify"]),
-        ("the tiers", _pytest(arguments, str(root), str(results))),
-    ):
-        if subprocess.run(command, env=environment, check=False).returncode:
-            raise CheckFailed(f"{step} failed")
+def _report(root: Path, folder: Path, place: Place, record: Record) -> None:
+    from drydock.report import summary, write
+
+    with record.step("report"):
+        write(record.document(root, place), folder)
+    # Once more, with the report's own time in it; only the JSON, since the page takes most of it.
+    document = record.document(root, place)
+    (folder / "report.json").write_text(json.dumps(document, indent=1) + "\n")
+    latest = folder.parent / "latest"
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(folder.name)
+    summary(document, folder)
 
 
-def _run_in_image(root: Path, results: Path, arguments: argparse.Namespace) -> None:
-    from drydock.build import build
-    from drydock.cli import get_artifacts, open_store
+def _inputs(options: argparse.Namespace) -> dict[str, Path]:
+    """The files and folders that options name, absolute, which must be there."""
+    given = {name: getattr(options, name) for name in INPUTS if getattr(options, name)}
+    for name, path in given.items():
+        if not path.exists():
+            raise DrydockError(f"--{name.replace('_', '-')}: {path} is not there")
+    return {name: path.absolute() for name, path in given.items()}
 
-    hardware = arguments.hardware or hardware_here(root)
-    image = Image.named(root, f"{hardware}-{arguments.engine}")
-    if image.definition.accelerator.kind == "cuda" and not gpus_here():
+
+def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
+    given = _inputs(record.options)
+    image = Image.named(root, name)
+    cuda = image.definition.accelerator.kind == "cuda"
+    if cuda and not gpus_here():
         raise DrydockError(
             f"{image.name} needs an NVIDIA GPU and this machine shows none: run it where there is one, "
             "or name --hardware cpu"
         )
     store = open_store(root)
-    built, seconds = build(image, store, lambda artifacts: get_artifacts(store, artifacts))
-    made = sum(layer.made for layer in built.layers)
-    print(
-        f"{image.name} sha256:{built.digest}, {made} of {len(built.layers)} layers made, {seconds:.1f} s",
-        flush=True,
-    )
-    runtime = choose(arguments.runtime)
-    began = time.monotonic()
-    runtime.prepare(store, built)
-    print(f"{runtime.name}: ready after {time.monotonic() - began:.1f} s", flush=True)
-    gpus = image.definition.accelerator.kind == "cuda"
-    for step, command in (
-        ("verification", ["python", "-m", "drydock.verify"]),
-        ("the tiers", _pytest(arguments, CHECKOUT, RESULTS)),
-    ):
+    with record.step("image"):
+        built = _built(image, store, record.options.prebuilt)
+    print(f"{image.name} sha256:{built.digest}, {record.steps[-1]['seconds']:.1f} s", flush=True)
+    runtime = choose(record.options.runtime)
+    with record.step("runtime"):
+        runtime.prepare(store, built)
+    print(f"{runtime.name}: ready after {record.steps[-1]['seconds']:.1f} s", flush=True)
+
+    def run(command: list[str], environment: dict[str, str]) -> int:
         task = Task(
             command=tuple(command),
             checkout=root,
-            results=results,
-            environment=_environment(CHECKOUT, RESULTS),
-            gpus=gpus,
+            results=folder,
+            inputs={INPUTS[name]: path for name, path in given.items()},
+            environment={**_environment(CHECKOUT), **environment},
+            gpus=cuda,
         )
-        began = time.monotonic()
-        status = runtime.run(store, built, task)
-        print(f"{step} in {runtime.name}: {time.monotonic() - began:.1f} s, status {status}", flush=True)
-        if status:
-            raise CheckFailed(
-                f"{step} of {image.name} failed in {runtime.name} (status {status}); see {results}"
-            )
+        return runtime.run(store, built, task)
+
+    return Place(
+        runtime=runtime.name,
+        image={
+            "name": image.name,
+            "digest": f"sha256:{built.digest}",
+            "config_digest": f"sha256:{built.config_digest}",
+        },
+        cuda=cuda,
+        checkout=CHECKOUT,
+        results=RESULTS,
+        inputs={name: INPUTS[name] for name in given},
+        run=run,
+    )
+
+
+def _built(image: Image, store: Store, prebuilt: bool) -> Built:
+    if prebuilt:
+        return read_image(store, image.name, whole=False)
+    from drydock.build import build
+
+    return build(image, store, lambda artifacts: get_artifacts(store, artifacts))[0]
+
+
+def _here(root: Path, folder: Path, manifest: dict[str, Any], inputs: dict[str, Path]) -> Place:
+    """Already inside an image, as in a CI job that runs in its container."""
+
+    def run(command: list[str], environment: dict[str, str]) -> int:
+        variables = {**os.environ, **_environment(str(root)), **environment}
+        return subprocess.run(command, env=variables, check=False).returncode
+
+    return Place(
+        runtime="inside",
+        image={"name": manifest["image"], "digest": None, "config_digest": None},
+        cuda=manifest["accelerator"]["kind"] == "cuda",
+        checkout=str(root),
+        results=str(folder),
+        inputs={name: str(path) for name, path in inputs.items()},
+        run=run,
+    )
+
+
+def _environment(checkout: str) -> dict[str, str]:
+    # No bytecode of ours beside the image's library: it would be a stray to the next verification.
+    return {"PYTHONPATH": f"{checkout}/src", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def _new_folder(parent: Path, began: datetime) -> Path:
+    """A folder of this run's own; two that begin in the same second get two."""
+    parent.mkdir(parents=True, exist_ok=True)
+    name = began.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{count}" for count in range(2, 100))):
+        with contextlib.suppress(FileExistsError):
+            (parent / f"{name}{suffix}").mkdir()
+            return parent / f"{name}{suffix}"
+    raise DrydockError(f"{parent} has a hundred runs that began at {name}: is the clock standing still?")
+
+
+@contextlib.contextmanager
+def _deadline(ceiling: float | None) -> Iterator[None]:
+    if ceiling is None:
+        yield
+        return
+
+    def end(_: int, __: FrameType | None) -> NoReturn:
+        raise OutOfTime(1)
+
+    previous = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, ceiling + PATIENCE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _commit(root: Path) -> dict[str, Any]:
+    def git(*words: str) -> str:
+        # `safe.directory`: in a CI container the checkout belongs to another user.
+        command = ["git", "-c", "safe.directory=*", "-C", str(root), *words]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
 def main() -> None:
     """`python -m drydock.session ENGINE PROFILE [options]`."""
-    from drydock.cli import project_root
-
     parser = argparse.ArgumentParser(
         prog="nox -s ENGINE_PROFILE --", description="Run an engine's tiers in its image."
     )
     parser.add_argument("engine", help=argparse.SUPPRESS)
-    parser.add_argument("profile", choices=["fast"], help=argparse.SUPPRESS)
+    parser.add_argument("profile", choices=PROFILES, help=argparse.SUPPRESS)
     parser.add_argument("--hardware", help="cpu, h100 or gb200; what this machine has by default")
     parser.add_argument("--runtime", choices=["auto", "docker", "chroot"], default="auto")
     parser.add_argument("--tier", choices=TIERS, help="one tier; all by default")
-    parser.add_argument("-k", dest="keyword", help="pytest's -k")
-    arguments = parser.parse_args()
+    parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="pytest's -k")
+    parser.add_argument(
+        "--gsm8k-model", type=Path, metavar="FOLDER", help="a model, for GSM8K in the full profile"
+    )
+    parser.add_argument(
+        "--gsm8k-data", type=Path, metavar="FILE", help="GSM8K's test set, JSON lines or parquet"
+    )
+    parser.add_argument(
+        "--prebuilt", action="store_true", help="take the image that is in the store; never build"
+    )
+    parser.add_argument(
+        "--unbudgeted", action="store_true",
+        help="measure without budgets, for `drydock budget propose`; a hang still ends",
+    )  # fmt: skip
+    options = parser.parse_args()
     try:
-        run_tiers(project_root(), arguments)
+        run_session(project_root(), options)
     except DrydockError as error:
         print(f"drydock: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("drydock: stopped; what ran is in the report", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,11 @@ SITE = "opt/venv/lib/python3.13/site-packages"
 SOURCE_LOCKS: dict[Architecture, str] = {"amd64": "pylock.cpu-vllm.toml", "arm64": "pylock.gb200-vllm.toml"}
 """The lock of the repository from which the packages for an architecture are taken."""
 
-PURE = ("antlr4-python3-runtime", "click", "distro", "iniconfig", "jmespath", "packaging", "pluggy")
-"""An sdist to build (with a script in .data), one more .data/scripts, a console script, and plain ones."""
+PURE = (
+    "antlr4-python3-runtime", "click", "distro", "iniconfig", "jmespath", "packaging", "pluggy", "pygments", "pytest",
+)  # fmt: skip
+"""An sdist to build (with a script in .data), one more .data/scripts, console scripts, and plain ones; pytest, for
+tiers of a session."""
 NATIVE = ("ninja", "numpy", "regex")
 """Extension modules, shared libraries with a RUNPATH, and an executable in .data/scripts."""
 PACKAGES = (*PURE, *NATIVE, "setuptools")

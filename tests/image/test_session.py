@@ -1,0 +1,171 @@
+"""A whole session on a real image: verified first, its tiers run inside it, the report always written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Made
+from mini_image import REPOSITORY, SITE, Outcome, Project, environment, rewrite, twin
+
+from drydock.store import Store
+from drydock.unpack import folder, unpack
+
+PASSING = "def test_it(profile):\n    assert profile['size'] == 1\n"
+PROFILE = '[size]\nfast = 1\nfull = 2\ngives-up = "twos"\n'
+BUDGETS = """
+[tiny-mini.fast]
+session = { ceiling = 100 }
+"""
+TIERS = ("rollout", "trainer", "eplb")
+BUDGETS += "".join(f"[tiny-mini.fast.{tier}.each]\ntest = {{ ceiling = 30 }}\n" for tier in TIERS)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A checkout with tiers of one small test each, and a store that holds its image."""
+
+    project: Project
+    store: Store
+
+    def write(self, tier: str, text: str) -> None:
+        (self.project.root / "tests" / tier / f"test_{tier}.py").write_text(text)
+
+    def run(self, *options: str, profile: str = "fast") -> Outcome:
+        done = subprocess.run(
+            [sys.executable, "-m", "drydock.session", "mini", profile, "--hardware", "tiny", "--runtime", "chroot",
+             *options],
+            cwd=self.project.root, env=environment(self.store), capture_output=True, text=True,
+            timeout=300, check=False,
+        )  # fmt: skip
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    @property
+    def results(self) -> Path:
+        return self.project.root / "results/mini_fast/latest"
+
+    def report(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads((self.results / "report.json").read_text())
+        return document
+
+
+@pytest.fixture
+def session(project: Project, tiny: Made, tmp_path: Path) -> Session:
+    copy = project.copy(tmp_path / "checkout")
+    shutil.copytree(
+        REPOSITORY / "src/drydock", copy.root / "src/drydock", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (copy.root / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = '--strict-markers'\n")
+    (copy.root / "tests").mkdir()
+    (copy.root / "tests/budgets.toml").write_text(BUDGETS)
+    made = Session(copy, twin(tmp_path / "store", tiny.store))
+    for tier in TIERS:
+        (copy.root / "tests" / tier).mkdir()
+        (copy.root / "tests" / tier / "profile.toml").write_text(PROFILE)
+        made.write(tier, PASSING)
+    return made
+
+
+def test_a_session_that_passes(session: Session, tiny: Made) -> None:
+    outcome = session.run()
+    assert outcome.status == 0, outcome.stderr + outcome.stdout
+    report = session.report()
+    assert report["outcome"] == "passed"
+    assert report["image"]["digest"] == f"sha256:{tiny.built.digest}"
+    assert report["verification"]["verdict"] == "ok"
+    assert [tier["tier"] for tier in report["tiers"]] == list(TIERS)
+    assert [test["outcome"] for tier in report["tiers"] for test in tier["tests"]] == ["passed"] * 3
+    assert [step["name"] for step in report["steps"]] == [
+        "image",
+        "runtime",
+        "verification",
+        *TIERS,
+        "report",
+    ]
+    assert report["not_run"] == []
+    assert 0 < report["overhead_seconds"] < report["seconds"] <= 100
+    suites = ElementTree.parse(session.results / "junit.xml").getroot()
+    assert sum(int(suite.get("tests", 0)) for suite in suites.iter("testsuite")) == 3
+    assert "tiny-mini" in (session.results / "report.html").read_text()
+
+
+def test_a_failing_tier_does_not_keep_the_others_from_running(session: Session) -> None:
+    session.write("trainer", "def test_it():\n    assert 1 + 1 == 3\n")
+    outcome = session.run()
+    assert outcome.status == 1
+    assert outcome.stderr.splitlines()[-1].startswith("drydock: mini_fast failed: trainer: "), outcome.stderr
+    assert [tier["outcome"] for tier in session.report()["tiers"]] == ["passed", "failed", "passed"]
+
+
+def test_an_image_that_differs_from_its_lock_ends_the_session_before_its_tiers(
+    session: Session, tiny: Made
+) -> None:
+    unpack(session.store, tiny.built.layers)
+    places = [folder(session.store, layer) / SITE / "click/__init__.py" for layer in tiny.built.layers]
+    (target,) = [path for path in places if path.exists()]
+    rewrite(target, lambda data: data + b"# changed\n")
+    outcome = session.run()
+    assert outcome.status == 1
+    report = session.report()
+    assert report["tiers"] == []
+    assert {row["what"] for row in report["not_run"]} == {f"the {tier} tier" for tier in TIERS}
+    assert report["verification"]["verdict"] != "ok"
+    assert "not what its lock says" in outcome.stderr.splitlines()[-1]
+    assert (session.results / "report.html").is_file()
+
+
+def test_a_tier_that_leaves_no_document_is_a_crash(session: Session) -> None:
+    """Even the watchdog is gone: everything in the image is killed."""
+    session.write("trainer", "import os, signal\n\ndef test_it():\n    os.kill(-1, signal.SIGKILL)\n")
+    outcome = session.run("--tier", "trainer")
+    assert outcome.status == 1
+    (tier,) = session.report()["tiers"]
+    assert tier["outcome"] == "crashed"
+    assert "left no document" in outcome.stderr
+
+
+def test_one_tier_says_that_the_others_were_not_asked_for(session: Session) -> None:
+    outcome = session.run("--tier", "eplb")
+    assert outcome.status == 0, outcome.stderr
+    assert [tier["tier"] for tier in session.report()["tiers"]] == ["eplb"]
+    assert {row["what"] for row in session.report()["not_run"]} == {"the rollout tier", "the trainer tier"}
+
+
+def test_a_keyword_that_selects_nothing_is_no_pass(session: Session) -> None:
+    outcome = session.run("-k", "no_such_test")
+    assert outcome.status == 1
+    assert outcome.stderr.splitlines()[-1] == "drydock: mini_fast failed: no test ran"
+
+
+def test_a_keyword_that_selects_in_one_tier_only(session: Session) -> None:
+    outcome = session.run("-k", "test_eplb")
+    assert outcome.status == 0, outcome.stderr
+    assert {row["what"] for row in session.report()["not_run"]} == {"the rollout tier", "the trainer tier"}
+
+
+def test_a_run_without_budgets_is_refused_before_anything_is_built(session: Session) -> None:
+    (session.project.root / "tests/budgets.toml").write_text("")
+    outcome = session.run()
+    assert "--unbudgeted" in outcome.error
+    assert not (session.project.root / "results").exists()
+    assert session.run("--unbudgeted").status == 0
+    assert session.report()["budget"] is None
+
+
+def test_hardware_that_is_not_here_is_named(session: Session) -> None:
+    path = session.project.root / "images/tiny/image.toml"
+    path.write_text(
+        path.read_text().replace('kind = "none"', 'kind = "cuda"\nminimum-driver = "580.65.06"\nsm = ["90"]')
+    )
+    assert "needs an NVIDIA GPU" in session.run().error
+
+
+def test_a_model_that_is_not_there_is_one_line(session: Session) -> None:
+    assert "--gsm8k-model: nowhere is not there" in session.run("--gsm8k-model", "nowhere").error
