@@ -188,14 +188,14 @@ def expert_digests(reports: Sequence[Report]) -> list[list[str]]:
 def measured_loads(reports: Sequence[Report], period: int) -> np.ndarray:
     """[layers, ranks]: tokens that the ranks' slots processed under the first (0) or last (-1) map that had enough.
 
-    Enough is a tenth of what the busiest map had: the first requests to a server, or the few after the last
+    Enough is a twentieth of what the busiest map had: the first requests to a server, or the few after the last
     move, say nothing about balance.
     """
     layers = []
     for periods in zip(*(report["periods"] for report in reports), strict=True):
         by_map = np.array([[each["load"] for each in rank] for rank in periods]).sum(0)
         tokens = by_map.sum(-1)
-        layers.append(by_map[tokens >= max(1, tokens.max() / 10)][period])
+        layers.append(by_map[tokens >= max(1, tokens.max() / 20)][period])
     return slot_loads_by_rank(np.array(layers), len(reports))
 
 

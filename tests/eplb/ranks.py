@@ -240,6 +240,11 @@ class Worker(EplbProbe):
         self.model_runner = SimpleNamespace(eplb_state=self.state)
         self.eplb_watch()
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether an asynchronous rearrangement is under way; all ranks agree after each step."""
+        return any(of_model.rebalanced for of_model in self.state.model_states.values())
+
 
 def commit_one_layer(
     folder: str, redundant: int, layer: int, new: np.ndarray, fault: str | None
@@ -360,6 +365,9 @@ def serve(
             moe.first_tokens(ids[rows], ends[rows])
             state.step()
             seconds.append(time.perf_counter() - began)
+        # A move still under way would meet the next job's: both use the one EPLB group. A dead thread's never ends.
+        while worker.is_moving and fault != "the asynchronous thread dies":
+            state.step(is_dummy=True)
         if fault == "swaps experts' weights":
             worker.eplb_swap_experts(*swap)
         report = watch.report(_rank())

@@ -141,22 +141,16 @@ def test_rearranging_evens_the_load_and_keeps_the_answers(
         log=log, environment=ENVIRONMENT, ready_timeout=600,
     ) as server:  # fmt: skip
         rpc(server, "eplb_watch")
-        initial = settled(server, tmp_path, RANKS)
-        experts = expert_digests(initial)
+        experts = expert_digests(settled(server, tmp_path, RANKS))
         with Reader(server) as reader:
             # One more than must be seen: what is recorded between the last two is the load after.
-            skewed_traffic(
-                server,
-                skewed,
-                tmp_path,
-                "completed",
-                profile["rearrangements"] + 1,
-                profile["traffic_seconds"],
-            )
+            least = profile["rearrangements"] + 1
+            skewed_traffic(server, skewed, tmp_path, "completed", least, profile["traffic_seconds"])
+        # Before the questions, whose load is another.
+        rested = settled(server, tmp_path, RANKS)
+        before, after = measured_loads(rested, 0), measured_loads(rested, -1)
         given = answers(server)
         seen = settled(server, tmp_path, RANKS)
-
-        before, after = measured_loads(seen, 0), measured_loads(seen, -1)
         record(
             "expert_load",
             {

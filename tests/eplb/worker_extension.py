@@ -111,7 +111,7 @@ def digests(weights: Sequence[torch.Tensor]) -> list[str]:
     for slot in range(len(weights[0])):
         digest = hashlib.sha256()
         for tensor in weights:
-            digest.update(tensor[slot].contiguous().view(torch.uint8).cpu().numpy().tobytes())
+            digest.update(tensor[slot].flatten().view(torch.uint8).cpu().numpy().tobytes())
         found.append(digest.hexdigest()[:16])
     return found
 
@@ -133,6 +133,7 @@ class EplbProbe:
         file.with_suffix(".part").write_text(json.dumps(watched))
         file.with_suffix(".part").rename(file)
 
+    @torch.inference_mode()
     def eplb_swap_experts(self, layer: int, expert: int, others: Sequence[int]) -> None:
         """Plant a fault: each local replica of an expert and the first of `others` here exchange weights."""
         (of_model,) = self.model_runner.eplb_state.model_states.values()

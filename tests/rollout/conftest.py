@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from client import VOCABULARY
-from reference import DENSE, MOE, Kind, Reference, Scored, score
+from reference import KINDS, Kind, Reference, Scored, score
 
 from drydock.server import VLLM, Server
 
@@ -42,9 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
 
     def place(item: pytest.Item) -> tuple[str, bool]:
-        parameters: dict[str, Any] = (
-            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        )
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
         return parameters.get("served", ""), item.get_closest_marker("stops_the_server") is not None
 
     items.sort(key=place)
@@ -75,11 +73,11 @@ def launch(profile: Mapping[str, Any]) -> Launch:
     return Launch(flags=flags, environment=environment)
 
 
-@pytest.fixture(scope="session", params=["dense", "moe"])
+@pytest.fixture(scope="session", params=list(KINDS))
 def served(
     request: pytest.FixtureRequest, launch: Launch, results: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    kind = {"dense": DENSE, "moe": MOE}[request.param]
+    kind = KINDS[request.param]
     folder = kind.make(tmp_path_factory.mktemp(request.param), 0)
     flags = ["--dtype", kind.dtype, *launch.flags]
     log = results / f"vllm-{request.param}.log"

@@ -135,8 +135,8 @@ def compare(reference: Reference, answers: Sequence[Scored]) -> Agreement:
     if share > kind.near_ties:
         beyond.append(f"{share:.0%} of the positions are near ties, more than {kind.near_ties:.0%}")
     return Agreement(
-        gap=float(gap[~tie].max()),
-        near_tie_gap=float(gap[tie].max()) if tie.any() else 0.0,
+        gap=float(gap.where(~tie, 0.0).max()),
+        near_tie_gap=float(gap.where(tie, 0.0).max()),
         near_ties=share,
         beyond=beyond,
     )
@@ -168,6 +168,7 @@ def _swap_heads(model: PreTrainedModel) -> None:
 DENSE = Kind(
     make=tiny_models.make_qwen3,
     dtype="float32",
+    # Measured on CPUs over 9960 positions: 7.9e-7; compiled 7.1e-7. The smallest fault below makes 8.8e-4.
     bound=1e-5,
     faults={
         "one weight of a norm off by 1%": _norm_off,
@@ -179,8 +180,12 @@ DENSE = Kind(
 MOE = Kind(
     make=tiny_models.make_qwen3_moe,
     dtype="bfloat16",
+    # Measured on CPUs over 9920 positions: 0.0185, the next 0.0136. The smallest fault below makes 0.078.
     bound=0.03,
+    # vLLM's router logits are bfloat16: two steps of it between 0.5 and 1. Every gap over 0.0185 was seen at a
+    # margin below 0.005, none at a larger one.
     tie=0.008,
+    # Measured there: 0.075, at 14% of the positions.
     near_tie=0.2,
     near_ties=0.3,
     faults={

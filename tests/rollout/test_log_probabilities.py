@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import Served
-from reference import DENSE, MOE, Reference, Scored, compare
+from reference import KINDS, Reference, Scored, compare
 
 
 def test_every_token_prefilled_and_generated(
@@ -21,7 +21,7 @@ def test_every_token_prefilled_and_generated(
 
 @pytest.mark.parametrize(
     ("served", "fault"),
-    [("dense", fault) for fault in DENSE.faults] + [("moe", fault) for fault in MOE.faults],
+    [(name, fault) for name, kind in KINDS.items() for fault in kind.faults],
     indirect=["served"],
 )
 def test_a_small_fault_is_seen(

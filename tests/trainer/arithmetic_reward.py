@@ -13,4 +13,4 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, **_: A
     """
     if data_source != "drydock/arithmetic":
         raise ValueError(f"no reward is known for {data_source!r}")
-    return float(solution_str[0] == ground_truth)
+    return float(solution_str == ground_truth)

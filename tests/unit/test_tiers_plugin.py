@@ -35,6 +35,8 @@ def alive(pid):
 """
 QUICK = """
 import drydock.tiers.plugin as plugin
+import drydock.tiers.link as link
+link.ALONE_SECONDS = {alone}
 plugin.GRACE_SECONDS = {grace}
 plugin.STILL_SECONDS = {still}
 plugin.EXIT_SECONDS = {exit}
@@ -53,9 +55,9 @@ class Tier:
         self.pace()
         self.budget("[each]\ntest = { ceiling = 20 }")
 
-    def pace(self, grace: float = 5, still: float = 30, exit: float = 30) -> None:
+    def pace(self, grace: float = 5, still: float = 30, exit: float = 30, alone: int = 60) -> None:
         """The plugin's own patience, in seconds."""
-        self.pytester.makepyfile(quick=QUICK.format(grace=grace, still=still, exit=exit))
+        self.pytester.makepyfile(quick=QUICK.format(grace=grace, still=still, exit=exit, alone=alone))
 
     def budget(self, text: str) -> None:
         """The tier's table; headers are relative to it."""
@@ -651,6 +653,24 @@ def test_after():
     # What lies there is the document as it last was, and it says so.
     assert (run.document["outcome"], run.document["complete"]) == ("crashed", False)
     assert "the watchdog was ended before pytest was" in run.document["detail"]
+
+
+def test_the_watchdog_dies_and_nothing_else_ends_pytest(tier: Tier) -> None:
+    tier.pace(alone=1)
+    run = tier.run(
+        """
+def test_it():
+    Path("pid").write_text(str(os.getpid()))
+    threading.Timer(0.5, os.kill, (os.getppid(), signal.SIGKILL)).start()
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+"""
+    )
+    assert run.status == -signal.SIGKILL
+    assert gone(int((tier.pytester.path / "pid").read_text()))
 
 
 # ---------------------------------------------------------------------------------- nothing ran, or not that

@@ -24,6 +24,8 @@ PR_SET_PDEATHSIG = 1
 PR_SET_PTRACER = 0x59616D61
 ANY = ctypes.c_ulong(-1)
 HELLO_SECONDS = 30.0
+ALONE_SECONDS = 60
+"""How long pytest outlives its watchdog at most."""
 TWICE_SECONDS = 1.0
 """A signal that comes again within this is the same one: a terminal's, passed on by the watchdog too."""
 
@@ -158,6 +160,9 @@ class Link:
     def _die(self) -> None:
         if not self._dead:
             self._dead = True
+            # Fixtures may clean up; a test that swallows what is raised here has nobody left to end it.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(ALONE_SECONDS)
             raise self._gone()
 
     # ---------------------------------------------------------------- saying

@@ -280,9 +280,11 @@ class Watchdog:
 
     def _say_still(self, now: float) -> None:
         row = self._ledger.running
-        if row is None or row.clock.phase is None or now < self._still or sys.stdout.isatty():
+        if now < self._still:
             return
         self._still += self._every
+        if row is None or row.clock.phase is None or sys.stdout.isatty():
+            return
         allowance = self._ledger.allowance(row.clock.phase, row, now)
         text = (
             f"still in {row.id}, phase {row.clock.phase}, {allowance.used:.0f} s of {allowance.ceiling:g} s"
@@ -292,7 +294,7 @@ class Watchdog:
         self._mid_line = False
 
     def _pause(self, now: float) -> float:
-        waits = [self._left(now), 1.0 if self._ledger.running is None else self._still - now]
+        waits = [self._left(now), self._still - now]
         if self._dirty:
             waits.append(self._written + WRITE_SECONDS - now)
         return min(5.0, max(0.01, min(waits)))
