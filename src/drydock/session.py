@@ -192,9 +192,13 @@ def _run(folder: Path, place: Place, record: Record) -> None:
         record.not_run += [{"what": f"the {tier} tier", "reason": "verification failed"} for tier in chosen]
         return
     for tier in chosen:
-        with record.step(tier):
-            status = place.run(*_pytest(tier, place, record))
-        record.tiers.append(_tier_document(folder, tier, status, record))
+        ended: int | None = None
+        try:
+            with record.step(tier):
+                ended = place.run(*_pytest(tier, place, record))
+        finally:
+            # Also of a tier that was broken off, and what of it ran.
+            record.tiers.append(_tier_document(folder, tier, ended, record))
 
 
 def _pytest(tier: str, place: Place, record: Record) -> tuple[list[str], dict[str, str]]:
@@ -214,22 +218,23 @@ def _pytest(tier: str, place: Place, record: Record) -> tuple[list[str], dict[st
     return command, {"DRYDOCK_RESULTS": place.results}
 
 
-def _tier_document(folder: Path, tier: str, status: int, record: Record) -> dict[str, Any]:
+def _tier_document(folder: Path, tier: str, status: int | None, record: Record) -> dict[str, Any]:
     """The tier's document, made to tell the truth about a pytest that ended otherwise than it says."""
+    ended = "was broken off" if status is None else f"ended with status {status}"
     try:
         document: dict[str, Any] = json.loads((folder / f"{tier}.json").read_text())
     except (OSError, ValueError):
         return {
             "schema": 1, "tier": tier, "profile": record.options.profile, "seconds": record.steps[-1]["seconds"],
-            "outcome": "crashed", "detail": f"pytest ended with status {status} and left no document",
+            "outcome": "crashed", "detail": f"pytest {ended} and left no document",
             "complete": False, "phases": {}, "budget": None, "tests": [], "not_selected": [],
             "profile_values": [], "survivors": [],
         }  # fmt: skip
     if record.options.keyword and not document["tests"] and document["not_selected"]:
         record.not_run.append({"what": f"the {tier} tier", "reason": "-k selects nothing in it"})
         document |= {"outcome": "passed", "detail": ""}
-    elif status and document["outcome"] == "passed":
-        document |= {"outcome": "failed", "detail": f"pytest ended with status {status}"}
+    elif status != 0 and document["outcome"] == "passed":
+        document |= {"outcome": "failed", "detail": f"pytest {ended}"}
     return document
 
 

@@ -126,12 +126,10 @@ def check_balance(
     )
 
 
-def check_all_equal(values: Mapping[str, object]) -> None:
-    """Every rank computed the same."""
+def check_all_equal(values: Mapping[str, object], check: str = "all ranks compute the same map") -> None:
+    """Every rank has the same."""
     require(
-        len(set(values.values())) == 1,
-        "all ranks compute the same map",
-        ", ".join(f"{name}: {value}" for name, value in values.items()),
+        len(set(values.values())) == 1, check, ", ".join(f"{name}: {value}" for name, value in values.items())
     )
 
 
@@ -195,7 +193,9 @@ def measured_loads(reports: Sequence[Report], period: int) -> np.ndarray:
     for periods in zip(*(report["periods"] for report in reports), strict=True):
         by_map = np.array([[each["load"] for each in rank] for rank in periods]).sum(0)
         tokens = by_map.sum(-1)
-        layers.append(by_map[tokens >= max(1, tokens.max() / 20)][period])
+        enough = tokens >= max(1, tokens.max() / 20)
+        require(enough.any(), "a load was recorded", "no slot processed a token")
+        layers.append(by_map[enough][period])
     return slot_loads_by_rank(np.array(layers), len(reports))
 
 
@@ -217,7 +217,8 @@ def check_served(
         "the step counter is alive",
         f"{-lowest} steps past the moment of the next rearrangement, which never came",
     )
-    check_all_equal({f"rank {report['rank']} steps left": report["steps_left"] for report in reports})
+    counters = {f"rank {report['rank']}": report["steps_left"] for report in reports}
+    check_all_equal(counters, "all ranks share the step counter")
     maps = {what: np.array(reports[0][what]) for what in ("phy2log", "log2phy", "logcnt")}
     check_maps(Plan(**maps))
     check_weights(maps["phy2log"], joined(reports, "digests"), experts)

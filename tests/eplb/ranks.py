@@ -354,6 +354,8 @@ def serve(
         initial = watch.report(_rank())
         if fault == "ignores the load":
             state.policy = _IgnoresTheLoad
+        if fault == "never rearranges":
+            state.expert_rearrangement_step = -steps
         if fault == "the asynchronous thread dies":
             worker.eplb_end_async()
         state.start_async_loop()
@@ -370,6 +372,8 @@ def serve(
             state.step(is_dummy=True)
         if fault == "swaps experts' weights":
             worker.eplb_swap_experts(*swap)
+        if fault == "counts another step on a rank" and _is_last():
+            state.expert_rearrangement_step += 1
         report = watch.report(_rank())
         watch.close()
     return {"report": report, "initial": initial, "answers": moe.first_tokens(*asked), "seconds": seconds}

@@ -105,6 +105,8 @@ FAULTS = {
     ("commits no counts", 4, "sync"): "counts are the replicas and sum to the slots",
     ("commits no way back", 4, "sync"): "log2phy is the inverse of phy2log",
     ("commits another map on a rank", 4, "sync"): "all ranks compute the same map",
+    ("counts another step on a rank", 4, "sync"): "all ranks share the step counter",
+    ("never rearranges", 4, "async"): "enough rearrangements were completed",
     ("the asynchronous thread dies", 4, "async"): "the step counter is alive",
     ("swaps experts' weights", 4, "sync"): "weights match the map",
     # With 4 redundant it would cost few answers (0.96 were left): the experts that get replicas process letters.

@@ -135,6 +135,9 @@ class Handler(BaseHTTPRequestHandler):
 class Listener(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = (
+        128  # of 5, as it is otherwise, some of many at once are lost and come again much later
+    )
 
     def __init__(self, port: int, *, name: str, faults: list[str], reuse_port: bool) -> None:
         self.name = name
