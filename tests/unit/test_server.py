@@ -378,10 +378,10 @@ def test_a_request_to_a_server_that_was_never_started_is_refused(make: Make) -> 
 
 
 def test_what_ignores_the_polite_signal_is_killed_and_named(make: Make, token: str) -> None:
-    with make("ignore-sigterm", "child", stop_timeout=1.5) as server:
+    with make("ignore-sigterm", "child", stop_timeout=0.7) as server:
         both = server.survivors()
         assert len(both) == 2
-        with takes(1.5):
+        with takes(0.7):
             survived = server.stop()
         assert [command for command in survived.values() if "launch.py" in command], (
             "the child ends, it does not"
@@ -393,7 +393,7 @@ def test_what_ignores_the_polite_signal_is_killed_and_named(make: Make, token: s
 
 @pytest.mark.parametrize("fault", ["leave-group", "leave-environment", "leave-title"])
 def test_what_left_the_group_is_found_named_and_killed(make: Make, token: str, fault: str) -> None:
-    with make(fault, stop_timeout=1.5) as server:
+    with make(fault, stop_timeout=0.7) as server:
         leader = kept(server).pid
         gone = [pid for pid in server.survivors() if pid != leader]
         assert len(gone) == 1, "the one that left"
@@ -401,7 +401,7 @@ def test_what_left_the_group_is_found_named_and_killed(make: Make, token: str, f
         if fault != "leave-group":
             environment = Path(f"/proc/{gone[0]}/environ")
             assert soon(lambda: b"DRYDOCK_SERVER" not in environment.read_bytes())
-        with takes(1.5):
+        with takes(0.7):
             survived = server.stop()
         assert list(survived) == gone
         assert token in survived[gone[0]]
@@ -418,7 +418,7 @@ def test_signals_that_are_blocked_here_are_not_blocked_in_the_server(make: Make)
 
 
 def test_what_a_dead_server_left_behind_is_ended_too(make: Make, token: str) -> None:
-    with make("child", "leave-environment", stop_timeout=1.5) as server:
+    with make("child", "leave-environment", stop_timeout=0.7) as server:
         with pytest.raises(NoConnection, match="ended with status 7"):
             server.request("/exit")
         assert len(left(token)) >= 2
