@@ -300,10 +300,12 @@ def _make_all(store: Store, image: Image, specs: list[Spec], jobs: int) -> dict[
             _start_worker,
             (store.root, image.root, image.name, told, os.getpid()),
         )
+        workers: set[int] = set()
         try:
             futures: dict[Future[dict[str, Any]], Spec] = {}
             for spec in sorted(specs, key=lambda spec: -spec.weight):
                 futures[pool.submit(_make, spec)] = spec
+                workers |= set(pool._processes or ())
             waiting = set(futures)
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -319,6 +321,7 @@ def _make_all(store: Store, image: Image, specs: list[Spec], jobs: int) -> dict[
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            store.sweep(workers)
             told.put(None)
             listener.join()
     return records

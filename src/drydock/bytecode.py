@@ -132,6 +132,7 @@ class Compiler:
 
         Raises:
             DrydockError: the compiler died; a source that does not compile is left out instead.
+            OSError: it could not read or write a file.
         """
         assert self._process.stdin
         assert self._process.stdout
@@ -142,6 +143,9 @@ class Compiler:
             self._process.stdin.flush()
             answer = self._process.stdout.readline() or "{}"
         said = json.loads(answer)
+        if said.get("errno"):
+            # As if it had happened here: a full disk has a line of its own.
+            raise OSError(said["errno"], os.strerror(said["errno"]), str(output))
         if "compiled" not in said:
             raise DrydockError(f"compiling {archive.name}: {said.get('error', 'the compiler stopped')}")
 

@@ -63,15 +63,16 @@ def main() -> None:
                 os.write(writer, json.dumps(compile_job(job)).encode())
                 status = 0
             except BaseException as error:
-                os.write(writer, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+                said = {"error": f"{type(error).__name__}: {error}", "errno": getattr(error, "errno", None)}
+                os.write(writer, json.dumps(said).encode())
             finally:
                 os._exit(status)
         os.close(writer)
         with os.fdopen(reader, "rb") as answer:
-            said = answer.read().decode()
+            answered = answer.read().decode()
         os.waitpid(child, 0)
         try:
-            print(said or '{"error": "the compiler was killed"}', flush=True)
+            print(answered or '{"error": "the compiler was killed"}', flush=True)
         except BrokenPipeError:
             # The builder is gone, and with it everybody who could be told.
             os._exit(1)

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -122,7 +122,7 @@ class Store:
     def writer(self) -> Iterator[BlobWriter]:
         """A blob whose hash is known only at the end, as a layer's is."""
         with disk_errors(self.root):
-            handle, name = tempfile.mkstemp(dir=self.tmp, prefix="blob-")
+            handle, name = tempfile.mkstemp(dir=self.tmp, prefix=f"blob-{os.getpid()}-")
             try:
                 # The lock tells `sweep` of another process that this file has a living owner.
                 fcntl.flock(handle, fcntl.LOCK_EX)
@@ -211,36 +211,53 @@ class Store:
     def scratch(self) -> Iterator[Path]:
         """A folder on the store's disk, gone when the block ends; `sweep` leaves it alone until then."""
         with disk_errors(self.root):
-            folder = Path(tempfile.mkdtemp(dir=self.tmp, prefix="scratch-"))
+            folder = Path(tempfile.mkdtemp(dir=self.tmp, prefix=f"scratch-{os.getpid()}-"))
             handle = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX)
                 yield folder
             finally:
-                # A process that was killed a moment ago may still be writing its last file.
-                for _ in range(20):
-                    shutil.rmtree(folder, ignore_errors=True)
-                    if not folder.exists():
-                        break
-                    time.sleep(0.05)
+                _remove(folder)
                 os.close(handle)
 
-    def sweep(self) -> None:
+    def sweep(self, ended: Collection[int] = ()) -> None:
         """Remove what dead writers left under `tmp`: whatever nobody holds a lock on.
 
         Partial downloads (`*.part`) stay: the next fetch resumes them.
+
+        Parameters:
+            ended: process identifiers of writers known to have ended; what is theirs goes at once. A writer
+                that is ended while it cleans up, or killed, cannot do that itself.
         """
         for path in self.tmp.iterdir():
             with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                if path.suffix == ".part":
+                    continue
                 # A moment passes between the making of a file and its lock.
-                if path.suffix == ".part" or time.time() - path.stat().st_mtime < SETTLED:
+                if _writer(path) not in ended and time.time() - path.stat().st_mtime < SETTLED:
                     continue
                 handle = os.open(path, os.O_RDONLY)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if path.is_dir():
-                        shutil.rmtree(path, ignore_errors=True)
+                        _remove(path)
                     else:
                         path.unlink()
                 finally:
                     os.close(handle)
+
+
+def _writer(path: Path) -> int | None:
+    """The process that made a file under `tmp`, by its name."""
+    kind, _, rest = path.name.partition("-")
+    pid = rest.partition("-")[0]
+    return int(pid) if kind in ("blob", "scratch") and pid.isdigit() else None
+
+
+def _remove(folder: Path) -> None:
+    # A process that was killed a moment ago may still be writing its last file.
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import errno
+import gc
 import os
 import resource
 import signal
@@ -94,6 +95,8 @@ def left(token: str) -> dict[int, str]:
 @pytest.fixture
 def make(tmp_path: Path, token: str) -> Iterator[Make]:
     """Makes servers with faults; in the end nothing of them is left, no handle of this process either."""
+    # What earlier tests dropped is closed first, not between the two counts.
+    gc.collect()
     before = len(list(Path("/proc/self/fd").iterdir()))
     made: list[Server] = []
 
@@ -108,7 +111,8 @@ def make(tmp_path: Path, token: str) -> Iterator[Make]:
     for server in made:
         server.stop()
     assert left(token) == {}
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 @contextlib.contextmanager
