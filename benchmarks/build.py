@@ -39,10 +39,10 @@ from common import (
 )
 
 from drydock.build import Inputs
-from drydock.project import open_store, project_root
 from drydock.definition import Image
 from drydock.errors import DrydockError
 from drydock.oci import EPOCH, Layer, read_image
+from drydock.project import open_store, project_root
 from drydock.store import Store
 from drydock.unpack import folder, remove_tree, unpack
 

@@ -18,11 +18,11 @@ from typing import cast
 
 from common import Document, Parser, main, say
 
-from drydock.project import open_store, project_root
 from drydock.definition import Image
 from drydock.errors import DrydockError
 from drydock.hardware import gpus_here
 from drydock.oci import read_image
+from drydock.project import open_store, project_root
 from drydock.runtime import RESULTS, Choice, Task, choose
 
 INSIDE = """

@@ -33,12 +33,12 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from drydock.build import Inputs
-from drydock.project import open_store, project_root
 from drydock.definition import Image
 from drydock.layer import LEVEL
 from drydock.locks import Artifact
 from drydock.oci import Built, Layer, read_image
 from drydock.plan import plan_layers
+from drydock.project import open_store, project_root
 from drydock.store import CHUNK, Store
 
 TAR_END = 1024
