@@ -204,7 +204,8 @@ def _run(folder: Path, place: Place, record: Record) -> None:
 def _pytest(tier: str, place: Place, record: Record) -> tuple[list[str], dict[str, str]]:
     options = record.options
     command = [
-        "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "drydock.tiers.plugin",
+        "python", "-m", "pytest", "-q", "--disable-warnings", "-p", "no:cacheprovider",
+        "-p", "_hypothesis_pytestplugin", "-p", "drydock.tiers.plugin",
         f"--rootdir={place.checkout}", "-c", f"{place.checkout}/pyproject.toml",
         f"--tier={tier}", f"--profile={options.profile}", f"--image={place.image['name']}",
         f"--results={place.results}",
@@ -215,7 +216,8 @@ def _pytest(tier: str, place: Place, record: Record) -> tuple[list[str], dict[st
     ]  # fmt: skip
     if record.ceiling is not None:
         command.insert(-1, f"--session-seconds={record.ceiling - (time.monotonic() - record.clock):.1f}")
-    return command, {"DRYDOCK_RESULTS": place.results}
+    # Of the image's packages, some bring plugins for pytest; which ones must not decide how a tier runs.
+    return command, {"DRYDOCK_RESULTS": place.results, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 def _tier_document(folder: Path, tier: str, status: int | None, record: Record) -> dict[str, Any]:
