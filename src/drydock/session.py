@@ -53,6 +53,7 @@ class Place:
     checkout: str
     results: str
     inputs: dict[str, str]
+    verify: list[str]
     run: Callable[[list[str], dict[str, str]], int]
 
 
@@ -116,6 +117,7 @@ class Record:
             "runtime": place.runtime,
             "device": device_here(place.cuda),
             "verification": self.verification,
+            "drift_allowed": self.options.allow_drift,
             "steps": self.steps,
             "overhead_seconds": round(seconds - tested, 3),
             "budget": None if self.ceiling is None else {"ceiling": self.ceiling},
@@ -138,9 +140,12 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
         # Before minutes of building: without budgets nothing runs.
         record.ceiling = _ceiling(root / "tests" / "budgets.toml", name, options)
     folder = _new_folder(root / "results" / record.name, record.began)
-    place = (
-        _here(root, folder, manifest, _inputs(options)) if manifest else _place(root, name, folder, record)
-    )
+    if manifest:
+        place = _inside(root, folder, manifest, _inputs(options))
+    elif options.runtime == "here":
+        place = _in_place(root, folder, name, _inputs(options))
+    else:
+        place = _place(root, name, folder, record)
     record.clock = time.monotonic()
     try:
         with _deadline(record.ceiling):
@@ -184,10 +189,11 @@ def _run(folder: Path, place: Place, record: Record) -> None:
     ]
     with record.step("verification"):
         document = f"{place.results}/verification.json"
-        status = place.run(["python", "-m", "drydock.verify", "--document", document], {})
+        status = place.run(["python", "-m", "drydock.verify", *place.verify, "--document", document], {})
     with contextlib.suppress(OSError, ValueError):
         record.verification = json.loads((folder / "verification.json").read_text())
-    if status:
+    differs = record.verification is not None and record.verification.get("verdict") == "drift"
+    if status and not (differs and record.options.allow_drift):
         record.detail = f"the image is not what its lock says (verification ended with status {status})"
         record.not_run += [{"what": f"the {tier} tier", "reason": "verification failed"} for tier in chosen]
         return
@@ -205,7 +211,7 @@ def _pytest(tier: str, place: Place, record: Record) -> tuple[list[str], dict[st
     options = record.options
     command = [
         "python", "-m", "pytest", "-q", "--disable-warnings", "-p", "no:cacheprovider",
-        "-p", "_hypothesis_pytestplugin", "-p", "drydock.tiers.plugin",
+        "-p", "drydock.tiers.plugin",
         f"--rootdir={place.checkout}", "-c", f"{place.checkout}/pyproject.toml",
         f"--tier={tier}", f"--profile={options.profile}", f"--image={place.image['name']}",
         f"--results={place.results}",
@@ -267,11 +273,7 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
     given = _inputs(record.options)
     image = Image.named(root, name)
     cuda = image.definition.accelerator.kind == "cuda"
-    if cuda and not gpus_here():
-        raise DrydockError(
-            f"{image.name} needs an NVIDIA GPU and this machine shows none: run it where there is one, "
-            "or name --hardware cpu"
-        )
+    _need_gpus(image)
     store = open_store(root)
     with record.step("image"):
         built = _built(image, store, record.options.prebuilt)
@@ -303,6 +305,7 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
         checkout=CHECKOUT,
         results=RESULTS,
         inputs={name: INPUTS[name] for name in given},
+        verify=[],
         run=run,
     )
 
@@ -315,22 +318,49 @@ def _built(image: Image, store: Store, prebuilt: bool) -> Built:
     return build(image, store, lambda artifacts: get_artifacts(store, artifacts))[0]
 
 
-def _here(root: Path, folder: Path, manifest: dict[str, Any], inputs: dict[str, Path]) -> Place:
+def _inside(root: Path, folder: Path, manifest: dict[str, Any], inputs: dict[str, Path]) -> Place:
     """Already inside an image, as in a CI job that runs in its container."""
+    cuda = manifest["accelerator"]["kind"] == "cuda"
+    return _surroundings(root, folder, "inside", manifest["image"], cuda, inputs, [])
 
+
+def _in_place(root: Path, folder: Path, name: str, inputs: dict[str, Path]) -> Place:
+    """In an environment that somebody else made, compared with the image's lock as far as that goes."""
+    image = Image.named(root, name)
+    cuda = image.definition.accelerator.kind == "cuda"
+    _need_gpus(image)
+    return _surroundings(root, folder, "in place", name, cuda, inputs, ["--here", str(root), name])
+
+
+def _surroundings(
+    root: Path, folder: Path, runtime: str, name: str, cuda: bool, inputs: dict[str, Path], verify: list[str]
+) -> Place:
     def run(command: list[str], environment: dict[str, str]) -> int:
         variables = {**os.environ, **_environment(str(root)), **environment}
+        if "PYTHONPATH" in os.environ:
+            variables["PYTHONPATH"] += f":{os.environ['PYTHONPATH']}"
+        # In place there may be no `python` on the path.
+        command = [sys.executable, *command[1:]] if command[0] == "python" else command
         return subprocess.run(command, env=variables, check=False).returncode
 
     return Place(
-        runtime="inside",
-        image={"name": manifest["image"], "digest": None, "config_digest": None},
-        cuda=manifest["accelerator"]["kind"] == "cuda",
+        runtime=runtime,
+        image={"name": name, "digest": None, "config_digest": None},
+        cuda=cuda,
         checkout=str(root),
         results=str(folder),
         inputs={name: str(path) for name, path in inputs.items()},
+        verify=verify,
         run=run,
     )
+
+
+def _need_gpus(image: Image) -> None:
+    if image.definition.accelerator.kind == "cuda" and not gpus_here():
+        raise DrydockError(
+            f"{image.name} needs an NVIDIA GPU and this machine shows none: run it where there is one, "
+            "or name --hardware cpu"
+        )
 
 
 def _environment(checkout: str) -> dict[str, str]:
@@ -387,7 +417,10 @@ def main() -> None:
     parser.add_argument("engine", help=argparse.SUPPRESS)
     parser.add_argument("profile", choices=PROFILES, help=argparse.SUPPRESS)
     parser.add_argument("--hardware", help="cpu, h100 or gb200; what this machine has by default")
-    parser.add_argument("--runtime", choices=["auto", "docker", "chroot"], default="auto")
+    parser.add_argument(
+        "--runtime", choices=["auto", "docker", "chroot", "here"], default="auto",
+        help="what the image runs in; `here` takes the environment that runs this for the image",
+    )  # fmt: skip
     parser.add_argument("--tier", choices=TIERS, help="one tier; all by default")
     parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="pytest's -k")
     parser.add_argument(
@@ -399,6 +432,10 @@ def main() -> None:
     parser.add_argument(
         "--prebuilt", action="store_true", help="take the image that is in the store; never build"
     )
+    parser.add_argument(
+        "--allow-drift", action="store_true",
+        help="go on where versions differ from the lock; the report's first line says so",
+    )  # fmt: skip
     parser.add_argument(
         "--unbudgeted", action="store_true",
         help="measure without budgets, for `drydock budget propose`; a hang still ends",

@@ -107,10 +107,7 @@ def test_a_failing_tier_does_not_keep_the_others_from_running(session: Session) 
 def test_an_image_that_differs_from_its_lock_ends_the_session_before_its_tiers(
     session: Session, tiny: Made
 ) -> None:
-    unpack(session.store, tiny.built.layers)
-    places = [folder(session.store, layer) / SITE / "click/__init__.py" for layer in tiny.built.layers]
-    (target,) = [path for path in places if path.exists()]
-    rewrite(target, lambda data: data + b"# changed\n")
+    changed(session, tiny)
     outcome = session.run()
     assert outcome.status == 1
     report = session.report()
@@ -119,6 +116,41 @@ def test_an_image_that_differs_from_its_lock_ends_the_session_before_its_tiers(
     assert report["verification"]["verdict"] != "ok"
     assert "not what its lock says" in outcome.stderr.splitlines()[-1]
     assert (session.results / "report.html").is_file()
+
+
+def changed(session: Session, tiny: Made) -> None:
+    """A byte more in a module of the image."""
+    unpack(session.store, tiny.built.layers)
+    places = [folder(session.store, layer) / SITE / "click/__init__.py" for layer in tiny.built.layers]
+    (target,) = [path for path in places if path.exists()]
+    rewrite(target, lambda data: data + b"# changed\n")
+
+
+def test_drift_that_is_allowed_is_the_first_thing_said(session: Session, tiny: Made) -> None:
+    changed(session, tiny)
+    outcome = session.run("--allow-drift")
+    assert outcome.status == 0, outcome.stderr + outcome.stdout
+    report = session.report()
+    assert [tier["outcome"] for tier in report["tiers"]] == ["passed"] * 3
+    assert report["verification"]["verdict"] == "drift"
+    assert "not the locked image: it differs from the lock in 1 place" in outcome.stdout
+    assert "Not the locked image" in (session.results / "report.html").read_text()
+
+
+def test_an_environment_in_the_place_of_an_image_has_to_be_the_locked_one(session: Session) -> None:
+    """This test's own Python, which holds drydock's tools and not the mini image's packages."""
+    outcome = session.run("--runtime", "here")
+    assert outcome.status == 1
+    assert session.report()["tiers"] == []
+    outcome = session.run("--runtime", "here", "--allow-drift")
+    assert outcome.status == 0, outcome.stderr + outcome.stdout
+    report = session.report()
+    assert report["runtime"] == "in place"
+    assert report["image"] == {"name": "tiny-mini", "digest": None, "config_digest": None}
+    states = {check["name"]: check["state"] for check in report["verification"]["checks"]}
+    assert states["files"] == states["debs"] == states["libraries"] == "not-run"
+    subjects = {row["subject"] for check in report["verification"]["checks"] for row in check["findings"]}
+    assert "matplotlib" in subjects  # installed here and not locked
 
 
 def test_a_tier_whose_watchdog_is_killed_too_is_a_crash(session: Session) -> None:

@@ -50,7 +50,8 @@ def run_pass(layout: Layout, experts: bool, misplaced: str = "") -> Pass:
     torch.cuda.set_device(torch.distributed.get_rank())
     device = torch.cuda.current_device()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp, expert_model_parallel_size=layout.ep, distributed_timeout_minutes=1
+        tensor_model_parallel_size=layout.tp, expert_model_parallel_size=layout.ep,
+        context_parallel_size=layout.cp, distributed_timeout_minutes=1,
     )  # fmt: skip
     model_parallel_cuda_manual_seed(1)
     config = TransformerConfig(
@@ -58,7 +59,7 @@ def run_pass(layout: Layout, experts: bool, misplaced: str = "") -> Pass:
         add_bias_linear=False, attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True,
         perform_initialization=False, bias_dropout_fusion=False, bias_activation_fusion=False,
         masked_softmax_fusion=False, persist_layer_norm=False, gradient_accumulation_fusion=False,
-        tensor_model_parallel_size=layout.tp, expert_model_parallel_size=layout.ep,
+        tensor_model_parallel_size=layout.tp, expert_model_parallel_size=layout.ep, context_parallel_size=layout.cp,
         num_moe_experts=EXPERTS if experts else None, moe_router_topk=2, moe_token_dispatcher_type="alltoall",
         moe_router_load_balancing_type="none", moe_ffn_hidden_size=128 if experts else None,
         moe_router_dtype="fp32" if experts else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray
+import sync_probe
 import torch
 import verl_run
 from arithmetic import Problem, problems
@@ -119,8 +121,12 @@ def test_the_reward_is_the_tasks(config: DictConfig, run: Run) -> None:
 
 @pytest.mark.full("it trains and rolls out on an accelerator")
 @pytest.mark.needs(gpus=1)
-def test_main_ppo_learns(run: Run, profile: Mapping[str, Any], results: Path, record: Any) -> None:
+def test_main_ppo_learns(
+    run: Run, profile: Mapping[str, Any], results: Path, tmp_path: Path, record: Any
+) -> None:
     metrics = results / "main-ppo-metrics.jsonl"
+    synced = tmp_path / "synced"
+    synced.mkdir()
     errors = results / "main-ppo.err"
     ended = run_child(
         verl_run.command(run.overrides), output=results / "main-ppo.out", errors=errors,
@@ -128,6 +134,8 @@ def test_main_ppo_learns(run: Run, profile: Mapping[str, Any], results: Path, re
         environment={
             "VERL_FILE_LOGGER_PATH": str(metrics), "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1",
+            "VERL_USE_EXTERNAL_MODULES": sync_probe.__name__, sync_probe.FOLDER: str(synced),
+            "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
         },
     )  # fmt: skip
     last = errors.read_text()[-4000:]
@@ -152,6 +160,17 @@ def test_main_ppo_learns(run: Run, profile: Mapping[str, Any], results: Path, re
     assert all(math.isfinite(step[name]) for step in steps for name in ("actor/pg_loss", "actor/grad_norm"))
     assert max(gaps) < profile["main_ppo_gap_bound"]
     assert mean(rewards[-3:]) > threshold
+
+    sent, held = sync_probe.read(synced, "sent"), sync_probe.read(synced, "held")
+    record("weight updates", {"updates": len(held), "tensors": len(held[0]["held"])})
+    assert len(sent) == len(held) >= profile["steps"]
+    assert len({json.dumps(update) for update in sent}) > profile["steps"] / 2, (
+        "the same weights again and again"
+    )
+    for ours, theirs in zip(sent, held, strict=True):
+        assert sync_probe.differences(ours, theirs["held"]) == []
+        assert len(sync_probe.differences(ours, theirs["spoiled"])) == 1
+        assert theirs["again"] == theirs["held"]
 
     (trained,) = run.output.glob(f"global_step_{profile['steps']}/actor/huggingface/*.safetensors")
     before, after = load_file(run.model / "model.safetensors"), load_file(trained)

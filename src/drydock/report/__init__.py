@@ -40,7 +40,6 @@ def write(document: Mapping[str, Any] | Path, folder: Path) -> Report:
     'passed'
     """
     from drydock.report.junit import junit
-    from drydock.report.page import page
 
     report = read(document) if isinstance(document, Path) else parse(document)
     earlier = history(folder.absolute().parent, report)
@@ -52,6 +51,15 @@ def write(document: Mapping[str, Any] | Path, folder: Path) -> Report:
         elif document.resolve() != (folder / DOCUMENT).resolve():
             shutil.copyfile(document, folder / DOCUMENT)
         (folder / JUNIT).write_bytes(junit(report))
+        try:
+            from drydock.report.page import page
+        except ModuleNotFoundError as error:
+            # In an image, whose packages are the stack's own.
+            say = (
+                f"no {PAGE}: {error.name} is not installed here; `drydock report {folder}` makes it elsewhere"
+            )
+            print(say, file=sys.stderr)
+            return report
         (folder / PAGE).write_text(page(report, earlier), encoding="utf-8")
     except OSError as error:
         raise DrydockError(f"cannot write the report in {folder}: {error.strerror}") from error
@@ -65,4 +73,4 @@ def summary(document: Mapping[str, Any] | Report, folder: Path | None = None) ->
         folder: where its page is, if it has been written.
     """
     report = document if isinstance(document, Report) else parse(document)
-    show(report, folder / PAGE if folder else None, sys.stdout)
+    show(report, folder / PAGE if folder and (folder / PAGE).is_file() else None, sys.stdout)

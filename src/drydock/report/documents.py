@@ -354,6 +354,7 @@ class Report(Model):
     runtime: str
     device: Device
     verification: Verification | None = None
+    drift_allowed: bool = False
     steps: tuple[Step, ...] = ()
     overhead_seconds: float = Field(0.0, allow_inf_nan=False)
     budget: SessionBudget | None = None
@@ -368,7 +369,18 @@ class Report(Model):
     def ok(self) -> bool:
         """Passed as a whole and in each part: nothing that failed is hidden by a wrong outcome above it."""
         drifted = self.verification is not None and self.verification.verdict != "ok"
-        return self.outcome == "passed" and all(tier.ok for tier in self.tiers) and not drifted
+        return (
+            self.outcome == "passed"
+            and all(tier.ok for tier in self.tiers)
+            and (self.drift_allowed or not drifted)
+        )
+
+    @property
+    def drift(self) -> str:
+        """What a run that was let go on with other versions has to say first; empty for all others."""
+        if self.verification is None or self.verification.verdict == "ok" or not self.drift_allowed:
+            return ""
+        return f"not the locked image: it {self.verification.sentence}"
 
     @property
     def whole(self) -> bool:

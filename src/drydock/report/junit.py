@@ -27,7 +27,9 @@ def junit(report: Report) -> bytes:
 def _suite(root: ElementTree.Element, report: Report, name: str, seconds: float) -> ElementTree.Element:
     suite = ElementTree.SubElement(root, "testsuite", name=name, time=f"{seconds:.3f}")
     properties = ElementTree.SubElement(suite, "properties")
-    verdict = report.verification.verdict if report.verification else "not run"
+    verdict: str = report.verification.verdict if report.verification else "not run"
+    if report.drift:
+        verdict += ", allowed"
     for key, value in (
         ("session", report.session),
         ("profile", report.profile),
@@ -105,7 +107,7 @@ def _session_suite(root: ElementTree.Element, report: Report) -> None:
             for check in report.verification.checks
             for finding in check.findings
         ]
-        if report.verification.verdict != "ok":
+        if report.verification.verdict != "ok" and not report.drift_allowed:
             _problem(case, "drift", report.verification.sentence, "\n".join(differences))
     for absent in report.not_run:
         case = _case(suite, "session", absent.what)

@@ -55,7 +55,8 @@ def plain_lines(report: Report, page: Path | None) -> Iterator[str]:
 
 def _name(report: Report) -> str:
     note = "fast: this is not full" if report.profile == "fast" else report.profile
-    return f"{report.session} on {report.image.name} ({note})"
+    drift = f"; {report.drift}" if report.drift else ""
+    return f"{report.session} on {report.image.name} ({note}{drift})"
 
 
 def _counts(tier: Tier) -> tuple[int, int, int]:
@@ -87,7 +88,7 @@ def _rows(report: Report) -> Iterator[tuple[str, ...]]:
 
 
 def _lines(report: Report, page: Path | None) -> Iterator[str]:
-    if report.verification and report.verification.verdict != "ok":
+    if report.verification and report.verification.verdict != "ok" and not report.drift:
         yield f"versions: {report.verification.sentence}"
     for _, test in report.tests:
         if test.failed:

@@ -20,6 +20,7 @@ from drydock.verify.accelerator import check_accelerator
 from drydock.verify.debs import check_debs
 from drydock.verify.distributions import check_distributions
 from drydock.verify.files import check_files
+from drydock.verify.here import verify_here
 from drydock.verify.image import open_image
 from drydock.verify.interpreter import Interpreter, check_python
 from drydock.verify.libraries import check_libraries
@@ -72,9 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--root", type=Path, default=Path("/"), metavar="DIR", help="an image unpacked in DIR"
     )
+    parser.add_argument(
+        "--here", nargs=2, metavar=("CHECKOUT", "IMAGE"),
+        help="compare the environment that runs this, which is no image, with that image's lock",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     try:
-        report = verify(options.root, options.full)
+        if options.here:
+            report = verify_here(Path(options.here[0]), options.here[1])
+        else:
+            report = verify(options.root, options.full)
     except DrydockError as error:
         print(printable(str(error)), file=sys.stderr)
         return error.exit_status

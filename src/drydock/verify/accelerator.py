@@ -114,10 +114,15 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def check_accelerator(manifest: Manifest, live: bool) -> Outcome:
     """The driver's version and every device against the manifest; not run where there is no device."""
-    if manifest.accelerator.kind == "none":
-        return Outcome(0, "the image is made for none", state="not-applicable")
-    if not live:
+    if manifest.accelerator.kind != "none" and not live:
         return Outcome(0, "this tree is not running", state="not-run")
+    return check_devices(manifest.accelerator, any(entry.name == "torch" for entry in manifest.distributions))
+
+
+def check_devices(accelerator: Accelerator, torch: bool) -> Outcome:
+    """The same for what runs this; `torch` is whether its kernels are asked for too."""
+    if accelerator.kind == "none":
+        return Outcome(0, "the image is made for none", state="not-applicable")
     try:
         driver, devices = read_nvml()
     except NvmlError as error:
@@ -128,11 +133,11 @@ def check_accelerator(manifest: Manifest, live: bool) -> Outcome:
         return Outcome(0, f"driver {driver} shows no device", state="not-run")
     findings = []
     architectures = None
-    if any(entry.name == "torch" for entry in manifest.distributions):
+    if torch:
         try:
             architectures = torch_architectures()
         except DrydockError as error:
             findings.append(Finding("torch", str(error)))
-    findings += compare_devices(manifest.accelerator, driver, devices, architectures)
+    findings += compare_devices(accelerator, driver, devices, architectures)
     names = ", ".join(dict.fromkeys(device.name for device in devices))
     return Outcome(len(devices), f"driver {driver}, {len(devices)} x {names}", findings)

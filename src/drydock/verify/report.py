@@ -102,7 +102,14 @@ def text_lines(report: Report) -> Iterator[str]:
         for pattern in check.unused:
             yield printable(f"note: {check.name}: the declaration {pattern!r} matches nothing in the image")
     if report.verdict == "ok":
-        compared = "every hash" if report.full else "sizes and presence; --full compares every hash"
+        states = {check.name: check.state for check in report.checks}
+        compared = (
+            "versions alone, this is no image of ours"
+            if states.get("files") == "not-run"
+            else "every hash"
+            if report.full
+            else "sizes and presence; --full compares every hash"
+        )
         yield f"ok: {report.image} is what it was locked to be ({compared}), {report.seconds:.1f} s"
     else:
         places = "1 place" if len(findings) == 1 else f"{len(findings)} places"

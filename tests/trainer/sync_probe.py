@@ -1,0 +1,157 @@
+"""Writes down what the trainer sends to the rollout engine at each weight update, and what the engine then holds.
+
+verl imports this in each of its processes (VERL_USE_EXTERNAL_MODULES): the trainer's worker, and vLLM's, whose
+extension is verl's. Each tensor is one sha256 of its bytes, in the data type that the engine holds it in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.abc
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+FOLDER = "DRYDOCK_SYNC_PROBE"
+"""Variable: where the documents go, a line of JSON an update in `sent-<pid>.jsonl` and `held-<pid>.jsonl`."""
+DTYPES = ("float32", "bfloat16")
+
+
+def digest(tensor: Any) -> str:
+    """sha256 of a tensor's bytes, as a host has them."""
+    import torch
+
+    plain = tensor.detach().contiguous().view(torch.uint8).cpu().numpy()
+    return hashlib.sha256(plain.tobytes()).hexdigest()
+
+
+def write(kind: str, document: dict[str, Any]) -> None:
+    with (Path(os.environ[FOLDER]) / f"{kind}-{os.getpid()}.jsonl").open("a") as file:
+        file.write(json.dumps(document) + "\n")
+
+
+def watch_sender(module: ModuleType) -> None:
+    """verl.workers.rollout.vllm_rollout.bucketed_weight_transfer, in the trainer."""
+    send = module.BucketedWeightSender.async_send_weights
+
+    async def watched(self: Any, weights: Any) -> None:
+        import torch
+        from verl.workers.rollout.utils import ensure_async_iterator
+
+        sent: dict[str, dict[str, str]] = {}
+
+        async def seen() -> AsyncIterator[tuple[str, Any]]:
+            async for name, tensor in ensure_async_iterator(weights):
+                sent[name] = {dtype: digest(tensor.to(getattr(torch, dtype))) for dtype in DTYPES}
+                yield name, tensor
+
+        await send(self, seen())
+        write("sent", sent)
+
+    module.BucketedWeightSender.async_send_weights = watched
+
+
+def parts(model: Any) -> Iterator[tuple[str, Any]]:
+    """The engine's parameters under the names that the trainer has for them: what vLLM fuses is cut apart."""
+    fused = getattr(model, "packed_modules_mapping", {})
+    layers = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        owner, _, field = name.rpartition(".")
+        parent, _, last = owner.rpartition(".")
+        if last not in fused:
+            # vLLM pads the vocabulary to a multiple of 64.
+            words = getattr(layers[owner], "org_vocab_size", None)
+            yield name, parameter if words is None else parameter[:words]
+            continue
+        sizes = layers[owner].output_partition_sizes
+        for own, piece in zip(fused[last], parameter.split(sizes, dim=0), strict=True):
+            yield f"{parent}.{own}.{field}", piece
+
+
+def watch_receiver(module: ModuleType) -> None:
+    """verl.workers.rollout.vllm_rollout.utils, in vLLM's worker."""
+    extension = module.vLLMColocateWorkerExtension
+    update = extension.update_weights_from_ipc
+
+    def held(worker: Any) -> dict[str, list[str]]:
+        found = {}
+        for name, tensor in parts(worker.model_runner.model):
+            found[name] = [str(tensor.dtype).removeprefix("torch."), digest(tensor)]
+        return found
+
+    def watched(self: Any, *arguments: Any, **options: Any) -> None:
+        import torch
+
+        update(self, *arguments, **options)
+        document: dict[str, Any] = {"held": held(self)}
+        # A fault for the reader to find: one element of one tensor, put back at once.
+        _, victim = next(iter(self.model_runner.model.named_parameters()))
+        first = victim.data.view(-1)[:1]
+        kept = first.clone()
+        first.copy_(torch.where(kept == 0, torch.ones_like(kept), -kept))
+        document["spoiled"] = held(self)
+        first.copy_(kept)
+        document["again"] = held(self)
+        write("held", document)
+
+    extension.update_weights_from_ipc = watched
+
+
+WATCHED: dict[str, Callable[[ModuleType], None]] = {
+    "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer": watch_sender,
+    "verl.workers.rollout.vllm_rollout.utils": watch_receiver,
+}
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Lets a module of `WATCHED` load as always and then changes it; to import it here would be too early."""
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        if name not in WATCHED:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
+        if spec is None or spec.loader is None:
+            return None
+        load = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            load(module)
+            WATCHED[name](module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if os.environ.get(FOLDER):
+    sys.meta_path.insert(0, Finder())
+
+
+def read(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The updates of the only process that wrote some, in their order.
+
+    Raises:
+        ValueError: no process did, or several.
+    """
+    files = sorted(folder.glob(f"{kind}-*.jsonl"))
+    if len(files) != 1:
+        raise ValueError(f"{len(files)} processes wrote what they {kind}, not one")
+    return [json.loads(line) for line in files[0].read_text().splitlines()]
+
+
+def differences(sent: dict[str, dict[str, str]], held: dict[str, list[str]]) -> list[str]:
+    """Names of tensors that are not what was sent, or that only one side has."""
+    # Tied, it is sent under both names and held under one.
+    missing = sent.keys() - held.keys() - {"lm_head.weight"}
+    return sorted(missing) + sorted(
+        name for name, (dtype, found) in held.items() if sent.get(name, {}).get(dtype) != found
+    )
