@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -147,6 +148,8 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
     else:
         place = _place(root, name, folder, record)
     record.clock = time.monotonic()
+    # While the tiers run, this process only waits.
+    threading.Thread(target=_import_report, daemon=True).start()
     try:
         with _deadline(record.ceiling):
             _run(folder, place, record)
@@ -244,6 +247,11 @@ def _tier_document(folder: Path, tier: str, status: int | None, record: Record) 
     elif status != 0 and document["outcome"] == "passed":
         document |= {"outcome": "failed", "detail": f"pytest {ended}"}
     return document
+
+
+def _import_report() -> None:
+    with contextlib.suppress(ImportError):
+        import drydock.report.page  # noqa: F401
 
 
 def _report(root: Path, folder: Path, place: Place, record: Record) -> None:

@@ -228,6 +228,37 @@ def test_no_part_that_failed_hides_behind_an_outcome(spoil: Callable[[Document],
     assert next(plain_lines(typed.parse(document), None)).endswith(": failed")
 
 
+def test_drift_that_was_allowed_is_said_first_and_fails_nothing() -> None:
+    document = build()
+    check = document["verification"]["checks"][0]
+    check["findings"] = [{"subject": "torch", "what": "2.11.0 is locked, 2.10.0 is installed"}]
+    document["verification"]["verdict"] = "drift"
+    document["drift_allowed"] = True
+    run = typed.parse(document)
+    assert run.ok
+    first = next(plain_lines(run, None))
+    assert "not the locked image: it differs from the lock in 1 place" in first
+    assert first.endswith(": passed")
+    text = Elements(rendered(document)).text
+    assert -1 < text.find("Not the locked image") < text.find("Versions")
+    assert "2.11.0 is locked, 2.10.0 is installed" in text
+    assert ElementTree.fromstring(junit(run)).find(".//failure") is None
+    # Allowed and not there: nothing to say.
+    assert typed.parse(build() | {"drift_allowed": True}).drift == ""
+
+
+def test_where_no_page_can_be_made_the_document_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an image, which has the stack's packages and none of ours."""
+    monkeypatch.setitem(sys.modules, "drydock.report.page", None)  # its import fails
+    report.write(build(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "junit.xml"}
+    assert "`drydock report" in capsys.readouterr().err
+    report.summary(build(), tmp_path)
+    assert "report.html" not in capsys.readouterr().out
+
+
 def test_the_page_says_what_failed_and_where() -> None:
     text = Elements(page_of("failing")).text
     for said in (
@@ -561,6 +592,7 @@ def test_junit_splits_names_as_pytest_does() -> None:
 
 
 def test_plain_lines_for_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "report.html").touch()
     report.summary(failing(), tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "vllm_fast on cpu-vllm (fast: this is not full): failed"

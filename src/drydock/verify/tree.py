@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import multiprocessing
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+WALKERS = 4
+"""Processes that read folders."""
+SPREAD = 100
+"""Folders from which more than one process reads them."""
 
 
 class Seen(NamedTuple):
@@ -28,6 +35,35 @@ class Seen(NamedTuple):
         return stat.S_ISREG(self.mode)
 
 
+def _scan(root: str, folder: str) -> tuple[dict[str, Seen], list[str]]:
+    """The files of one folder, and the folders in it; nothing of one that is missing or cannot be read."""
+    found: dict[str, Seen] = {}
+    folders = []
+    try:
+        entries = list(os.scandir(os.path.join(root, folder)))  # noqa: PTH118, this runs 10,000 times
+    except OSError:
+        return {}, []
+    for entry in entries:
+        path = f"{folder}/{entry.name}"
+        if entry.is_dir(follow_symlinks=False):
+            folders.append(path)
+            continue
+        with contextlib.suppress(FileNotFoundError):  # a live system's temporary file
+            status = entry.stat(follow_symlinks=False)
+            found[path] = Seen(status.st_mode, status.st_size)
+    return found, folders
+
+
+def _walk_below(root: str, top: str) -> dict[str, Seen]:
+    found: dict[str, Seen] = {}
+    folders = [top]
+    while folders:
+        files, inner = _scan(root, folders.pop())
+        found |= files
+        folders += inner
+    return found
+
+
 class Tree:
     """An image's files under `root`; all paths are relative to it, without a leading slash."""
 
@@ -42,22 +78,25 @@ class Tree:
 
     def walk(self, top: str) -> dict[str, Seen]:
         """Everything under a folder but folders; a missing or unreadable folder is empty."""
-        found: dict[str, Seen] = {}
-        folders = [top]
-        while folders:
-            folder = folders.pop()
-            try:
-                entries = list(os.scandir(self.where(folder)))
-            except OSError:
-                continue
-            for entry in entries:
-                path = f"{folder}/{entry.name}"
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(path)
-                    continue
-                with contextlib.suppress(FileNotFoundError):  # a live system's temporary file
-                    status = entry.stat(follow_symlinks=False)
-                    found[path] = Seen(status.st_mode, status.st_size)
+        found, folders = _scan(self.root, top)
+        # Where nothing is in memory yet, the disk's answers take the time, and many can be asked for at once; where
+        # all is, it is Python's own work, which threads would only hinder.
+        while folders and len(folders) < SPREAD:
+            inner = []
+            for folder in folders:
+                files, below = _scan(self.root, folder)
+                found |= files
+                inner += below
+            folders = inner
+        with contextlib.ExitStack() as stack:
+            each: Callable[..., Iterable[dict[str, Seen]]] = map
+            # A few folders are not worth a process, and a process pool needs a /dev/shm.
+            if folders and os.access("/dev/shm", os.W_OK):
+                context = multiprocessing.get_context("fork")
+                pool = stack.enter_context(ProcessPoolExecutor(WALKERS, context))
+                each = partial(pool.map, chunksize=1 + len(folders) // (8 * WALKERS))
+            for files in each(partial(_walk_below, self.root), folders):
+                found |= files
         self._walked |= found
         return found
 
