@@ -32,7 +32,7 @@ SMALLEST = 16 << 10
 """Bytes from which a file of the target is worth knowing: below, the name costs as much as the content."""
 PATCHED = 1 << 20
 """Bytes from which a file that differs from the target's of the same name is sent as the difference."""
-LEVEL = 9
+LEVEL = 12
 
 
 def sha256(path: Path) -> str:

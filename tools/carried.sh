@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# On a machine without network or Docker: put an image together that `tools/carry.py pack` packed, and run its tiers.
+#
+#   tools/carried.sh PARTS WHEELS OUT ENGINE PROFILE [session options]
+#
+# PARTS holds part-000 and so on, WHEELS drydock's own dependencies for this machine's python3 (from lock/drydock.txt).
+# Documents and logs go to OUT, a folder for each session. Run again, it goes on with the image that is there.
+set -euo pipefail
+parts=$1 wheels=$2 out=$3
+shift 3
+here=$(cd "$(dirname "$0")/.." && pwd)
+tools=${TMPDIR:-/tmp}/drydock-tools
+if [ ! -e "$tools/.complete" ]; then
+  python3 -m pip install -q --no-index --no-deps --no-cache-dir --disable-pip-version-check \
+    --target "$tools" "$wheels"/*.whl
+  touch "$tools/.complete"
+fi
+export PYTHONPATH=$tools:$here/src DRYDOCK_STORE=${DRYDOCK_STORE:-$here/.drydock}
+unset PYTHONDONTWRITEBYTECODE
+if [ ! -e "$DRYDOCK_STORE/.carried" ]; then
+  python3 "$here/tools/carry.py" unpack "$DRYDOCK_STORE" "$parts"/part-*
+  touch "$DRYDOCK_STORE/.carried"
+fi
+cd "$here"
+status=0
+python3 -m drydock.session "$@" --prebuilt --runtime chroot || status=$?
+mkdir -p "$out"
+for latest in results/*/latest; do
+  [ -e "$latest/report.json" ] && tar -czf "$out/$(basename "$(dirname "$latest")")-$(basename "$(readlink "$latest")").tar.gz" -C "$latest" .
+done
+exit "$status"
