@@ -38,7 +38,6 @@ def server(moe: TrainedMoe, results: Path) -> Iterator[Server]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         **VLLM.development,
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "TORCH_COMPILE_DISABLE": "1",
         "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
     }
