@@ -46,7 +46,7 @@ class Run:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, profile: Mapping[str, Any]) -> Run:
     folder = tmp_path_factory.mktemp("main_ppo")
-    known = problems(profile["operands"])
+    known = problems(profile["main_ppo_operands"])
     model = verl_run.make_model(folder / "model", known, profile["warm_up_steps"])
     data = verl_run.make_data(folder / "problems.parquet", known)
     given = verl_run.overrides(model, data, folder / "checkpoints", len(known), profile)
@@ -144,7 +144,7 @@ def test_main_ppo_learns(
 
     steps = [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
     steps = [step for step in steps if "actor/pg_loss" in step]
-    assert len(steps) == profile["steps"]
+    assert len(steps) == profile["main_ppo_steps"]
     rewards = [step["critic/score/mean"] for step in steps]
     gaps = [step["training/rollout_probs_diff_max"] for step in steps]
     best = max(Counter(problem.answer for problem in run.known).values()) / len(run.known)
@@ -163,8 +163,8 @@ def test_main_ppo_learns(
 
     sent, held = sync_probe.read(synced, "sent"), sync_probe.read(synced, "held")
     record("weight updates", {"updates": len(held), "tensors": len(held[0]["held"])})
-    assert len(sent) == len(held) >= profile["steps"]
-    assert len({json.dumps(update) for update in sent}) > profile["steps"] / 2, (
+    assert len(sent) == len(held) >= profile["main_ppo_steps"]
+    assert len({json.dumps(update) for update in sent}) > profile["main_ppo_steps"] / 2, (
         "the same weights again and again"
     )
     for ours, theirs in zip(sent, held, strict=True):
@@ -172,7 +172,8 @@ def test_main_ppo_learns(
         assert len(sync_probe.differences(ours, theirs["spoiled"])) == 1
         assert theirs["again"] == theirs["held"]
 
-    (trained,) = run.output.glob(f"global_step_{profile['steps']}/actor/huggingface/*.safetensors")
+    last_step = f"global_step_{profile['main_ppo_steps']}"
+    (trained,) = run.output.glob(f"{last_step}/actor/huggingface/*.safetensors")
     before, after = load_file(run.model / "model.safetensors"), load_file(trained)
     assert before.keys() == after.keys()
     same = [name for name in before if torch.equal(before[name].to(after[name].dtype), after[name])]

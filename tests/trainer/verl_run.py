@@ -50,7 +50,7 @@ def make_data(path: Path, known: Sequence[Problem]) -> Path:
 
 def overrides(model: Path, data: Path, output: Path, problems: int, profile: Mapping[str, Any]) -> list[str]:
     """verl's configuration of the run: GRPO on one GPU, one batch of all problems a step."""
-    samples, steps = profile["samples"], profile["steps"]
+    samples, steps = profile["samples"], profile["main_ppo_steps"]
     values = {
         "algorithm.adv_estimator": "grpo",
         "data.train_files": data,
