@@ -53,7 +53,7 @@ LONG = 90.0
 """A limit that no verdict may wait for."""
 
 
-def reload_fake(post: Callable[[str, Mapping[str, Any]], Any]) -> None:
+def reload_fake(post: engines.Post, model: str) -> None:  # noqa: ARG001
     if not post("/reload", RELOAD)["success"]:
         raise ServerError("the fake says that it did not load")
 
@@ -902,11 +902,27 @@ def test_vllm_s_answer_to_a_reload_is_checked(answer: object) -> None:
         return {"results": [None, None]} if good else answer
 
     good = True
-    engines.reload_vllm(post)
+    engines.reload_vllm(post, "model")
     assert asked == [("/collective_rpc", {"method": "reload_weights"}), ("/reset_prefix_cache", {})]
     good = False
     with pytest.raises(ServerError, match="every worker should answer null"):
-        engines.reload_vllm(post)
+        engines.reload_vllm(post, "model")
+
+
+@pytest.mark.parametrize("answer", [{"success": False, "message": "no such folder"}, {}, "", None])
+def test_sglang_s_answer_to_a_reload_is_checked(answer: object) -> None:
+    asked: list[tuple[str, Mapping[str, Any]]] = []
+
+    def post(path: str, body: Mapping[str, Any]) -> object:
+        asked.append((path, body))
+        return {"success": True} if good else answer
+
+    good = True
+    engines.reload_sglang(post, "the/model")
+    assert asked == [("/update_weights_from_disk", {"model_path": "the/model"})]
+    good = False
+    with pytest.raises(ServerError, match="should have succeeded"):
+        engines.reload_sglang(post, "the/model")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -11,12 +12,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from drydock.server.errors import FlagError, ServerError
 from drydock.server.processes import Kept, readable
 
 LAUNCHER = Path(__file__).with_name("launch.py")
+Post = Callable[[str, Mapping[str, Any]], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,8 @@ class Engine:
         own: the flags that the harness gives after the user's, with {model}, {name}, {host} and {port}.
         loading, loaded: texts of the log, one of which says that the weights begin, or have ended, to load.
         development: environment that opens the endpoints for development.
-        reload: loads the weights from the model's folder again, given a function that sends a POST to a path.
+        reload: loads the weights from the model's folder again, given a function that sends a POST to a path, and
+            that folder.
         not_reloaded: texts of the log that say that a reload was not whole, though it was answered as if.
     """
 
@@ -42,7 +45,7 @@ class Engine:
     loading: tuple[str, ...]
     loaded: tuple[str, ...]
     development: Mapping[str, str] = field(default_factory=dict)
-    reload: Callable[[Callable[[str, Mapping[str, Any]], Any]], None] | None = None
+    reload: Callable[[Post, str], None] | None = None
     not_reloaded: tuple[str, ...] = ()
 
     def flags(self, flags: Sequence[str], **values: object) -> list[str]:
@@ -136,7 +139,7 @@ def parse_vllm(flags: list[str]) -> dict[str, Any]:
     return dict(vars(accepted))
 
 
-def reload_vllm(post: Callable[[str, Mapping[str, Any]], Any]) -> None:
+def reload_vllm(post: Post, model: str) -> None:  # noqa: ARG001, it knows its model
     """Through the workers' own reload_weights; what was cached of prompts came from the old weights.
 
     vLLM 0.24 answers null though a tensor is missing from the files: it logs those of which it got nothing, see
@@ -164,4 +167,37 @@ VLLM = Engine(
     development={"VLLM_SERVER_DEV_MODE": "1"},
     reload=reload_vllm,
     not_reloaded=("weights were not loaded from checkpoint",),
+)
+
+
+def parse_sglang(flags: list[str]) -> dict[str, Any]:
+    """SGLang's own verdict, in the steps of sglang/srt/server_args.py (0.5.14); it looks at the devices too."""
+    server_args = importlib.import_module("sglang.srt.server_args")
+    # No abbreviations: argparse would take `--model` for whichever flag alone begins so in this release.
+    parser = argparse.ArgumentParser(prog="sglang", allow_abbrev=False)
+
+    def refuse(words: str) -> NoReturn:
+        raise SystemExit(words)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    server_args.ServerArgs.add_cli_args(parser)
+    accepted = server_args.ServerArgs.from_cli_args(parser.parse_args(flags))
+    return dict(vars(accepted))
+
+
+def reload_sglang(post: Post, model: str) -> None:
+    """Through `/update_weights_from_disk`, which also forgets what was cached of prompts."""
+    answer = post("/update_weights_from_disk", {"model_path": model})
+    if not isinstance(answer, dict) or answer.get("success") is not True:
+        raise ServerError(f"/update_weights_from_disk should have succeeded, got {str(answer)[:300]}")
+
+
+SGLANG = Engine(
+    name="SGLang",
+    module="sglang.launch_server",
+    parser="drydock.server.engines:parse_sglang",
+    own=("--model-path", "{model}", "--served-model-name", "{name}", "--host", "{host}", "--port", "{port}"),
+    loading=("Load weight begin",),
+    loaded=("Load weight end",),
+    reload=reload_sglang,
 )

@@ -275,7 +275,9 @@ class Server:
                 )
         deadline = time.monotonic() + timeout
         self._log.skip()
-        self.engine.reload(lambda path, body: self.request(path, body, deadline - time.monotonic()))
+        self.engine.reload(
+            lambda path, body: self.request(path, body, deadline - time.monotonic()), str(self._folder)
+        )
         if self.engine.not_reloaded and self._log.appeared(self.engine.not_reloaded):
             raise self._error("not all weights were loaded again")
 
