@@ -173,15 +173,20 @@ VLLM = Engine(
 def parse_sglang(flags: list[str]) -> dict[str, Any]:
     """SGLang's own verdict, in the steps of sglang/srt/server_args.py (0.5.14); it looks at the devices too."""
     server_args = importlib.import_module("sglang.srt.server_args")
-    # No abbreviations: argparse would take `--model` for whichever flag alone begins so in this release.
-    parser = argparse.ArgumentParser(prog="sglang", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="sglang")
 
     def refuse(words: str) -> NoReturn:
         raise SystemExit(words)
 
-    parser.error = refuse  # type: ignore[method-assign]
+    parser.error = refuse  # type: ignore[assignment]
     server_args.ServerArgs.add_cli_args(parser)
-    accepted = server_args.ServerArgs.from_cli_args(parser.parse_args(flags))
+    accepted = parser.parse_args(flags)
+    try:
+        accepted = server_args.ServerArgs.from_cli_args(accepted)
+    except RuntimeError as error:
+        # Where there is no device, the flags are judged and not whether this device can do what they ask for.
+        if "No accelerator" not in str(error):
+            raise
     return dict(vars(accepted))
 
 
