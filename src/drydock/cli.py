@@ -289,6 +289,27 @@ def report(
     )
 
 
+@app.command("matrix")
+def matrix_page(
+    write: Annotated[bool, typer.Option("--write", help="write docs/matrix.md")] = False,
+    check: Annotated[bool, typer.Option("--check", help="fail where docs/matrix.md is not this")] = False,
+) -> None:
+    """What each image holds and how far it has been proven, as a page."""
+    from drydock.matrix import matrix
+
+    root = project_root()
+    text, path = matrix(root), root / "docs" / "matrix.md"
+    if write:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    elif check:
+        if not path.is_file() or path.read_text() != text:
+            raise CheckFailed("docs/matrix.md is not what locks and runs say: run `drydock matrix --write`")
+        print("docs/matrix.md: ok")
+    else:
+        print(text, end="")
+
+
 def _terminated(number: int, _: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 

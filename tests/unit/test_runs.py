@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from drydock.matrix import matrix
 from drydock.report import read
 
-RUNS = Path(__file__).parents[2] / "docs/runs"
+ROOT = Path(__file__).parents[2]
+RUNS = ROOT / "docs/runs"
 DOCUMENTS = sorted(RUNS.glob("*.json"))
 PAGE = (RUNS / "README.md").read_text()
 
@@ -21,9 +24,14 @@ def test_the_row_of_a_run_is_its_documents(path: Path) -> None:
     (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| [{path.name}]")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     tests = [test.outcome for _, test in run.tests]
-    gpus = json.loads(path.read_text())["device"]["gpus"]
+    device = json.loads(path.read_text())["device"]
+    gpus = device["gpus"]
     assert cells[2] == f"{run.image.name} `{(run.image.digest or '')[:19]}`"
-    assert cells[3] == f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver']}"
+    assert cells[3] == (
+        f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver']}"
+        if gpus
+        else f"{device['cpu']}, {device['cores']} cores"
+    )
     assert cells[4] == ("as locked" if run.verification and run.verification.verdict == "ok" else "differ")
     assert cells[5] == ("passed" if run.ok else "failed")
     assert cells[6:] == [
@@ -57,3 +65,29 @@ def test_the_figures_of_the_eplb_table_are_the_documents() -> None:
                 f"{equal:.0%}",
                 f"{test.seconds:.0f}",
             ]
+
+
+def test_the_matrix_is_what_locks_and_runs_say() -> None:
+    assert (ROOT / "docs/matrix.md").read_text() == matrix(ROOT), "run `drydock matrix --write`"
+
+
+def test_no_mark_in_the_matrix_without_its_run(tmp_path: Path) -> None:
+    for name in ("images", "lock"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    text = matrix(tmp_path)
+    rows = {line.split("`")[1]: line for line in text.partition("## Proven")[2].splitlines() if "`" in line}
+    assert len(rows) > 3
+    for row in rows.values():
+        assert row.endswith("|  |  |  |")
+
+    # A run of the recorded digest is marked in its image's row and nowhere else.
+    document = json.loads(DOCUMENTS[0].read_text())
+    digest = re.search(r'\[h100-vllm\]\ndigest = "(.*)"', (tmp_path / "lock/images.toml").read_text())
+    assert digest
+    document["image"]["digest"] = digest[1]
+    (tmp_path / "docs/runs").mkdir(parents=True)
+    (tmp_path / "docs/runs/one.json").write_text(json.dumps(document))
+    marked = [line for line in matrix(tmp_path).splitlines() if "runs/one.json" in line]
+    assert len(marked) == 1
+    assert marked[0].startswith("| `h100-vllm` |")
+    assert "(earlier)" not in marked[0]

@@ -1,0 +1,102 @@
+"""`docs/matrix.md`: what each image holds and how far it has been proven, from definitions, locks and runs alone.
+
+A mark is made for what a file shows: a lock, a recorded digest, or a run's own document under `docs/runs`. No
+document, no mark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from drydock.base import python_version
+from drydock.definition import Image, image_names
+from drydock.locks import read_debian_lock, read_pylock
+from drydock.published import read_records
+from drydock.report import Report, read
+
+HEADER = """# What there is, and how far it has been proven
+
+Made by `drydock matrix --write` from definitions, locks and the runs in [runs](runs/README.md); a test keeps it so.
+"""
+HELD = ("image", "engine", "trainer", "torch", "CUDA", "NCCL", "driver", "sm", "Python", "digest", "GB")
+PROVEN = ("image", "locked", "built", "verified", "run on a CPU", "run on its device")
+
+
+def matrix(root: Path) -> str:
+    """The page's text.
+
+    Raises:
+        DrydockError: a definition, a lock or a run's document cannot be read.
+    """
+    records = read_records(root)
+    runs = [(path, read(path)) for path in sorted((root / "docs/runs").glob("*.json"))]
+    held, proven = [], []
+    for name in image_names(root):
+        image = Image.named(root, name)
+        record = records.get(name)
+        held.append(_held(image, record))
+        own = [(path, run) for path, run in runs if run.image.name == name]
+        proven.append(
+            (
+                f"`{name}`",
+                "yes" if image.pylock_path.is_file() else "",
+                f"`{record['digest'][:19]}`" if record else "",
+                _marks(own, record, "verified"),
+                _marks(own, record, "cpu"),
+                _marks(own, record, "cuda"),
+            )
+        )
+    return "\n".join([HEADER, *_table(HELD, held), "", "## Proven", "", *_table(PROVEN, proven), "", FOOTER])
+
+
+FOOTER = """A run is named with the tests that passed in it, and with those that failed. "Earlier" is a run of an image
+of that name with another digest than the one recorded now.
+"""
+
+
+def _held(image: Image, record: dict[str, object] | None) -> tuple[str, ...]:
+    definition = image.definition
+    versions = {package.name: package.version for package in read_pylock(image).packages}
+    base = read_debian_lock(image.root, image.base, definition.architecture)
+    cuda = definition.accelerator.kind == "cuda"
+    engine = image.engine.distribution
+    return (
+        f"`{image.name}`",
+        f"{engine} {versions[engine]}",
+        f"verl {versions['verl']}, megatron-core {versions['megatron-core']}",
+        versions["torch"],
+        versions["nvidia-cuda-runtime"] if cuda else "-",
+        versions["nvidia-nccl-cu13"] if cuda else "-",
+        definition.accelerator.minimum_driver or "-",
+        ", ".join(definition.accelerator.sm) or "-",
+        python_version(definition.python, base),
+        f"`{str(record['digest'])[:19]}`" if record else "-",
+        f"{int(str(record['size'])) / 1e9:.2f}" if record else "-",
+    )
+
+
+def _marks(runs: list[tuple[Path, Report]], record: dict[str, object] | None, kind: str) -> str:
+    """Links to the documents that show it."""
+    marks = []
+    for path, run in runs:
+        if kind == "verified":
+            if not (run.verification and run.verification.verdict == "ok"):
+                continue
+            text = path.stem
+        elif run.device.kind != kind:
+            continue
+        else:
+            outcomes = [test.outcome for _, test in run.tests]
+            passed = outcomes.count("passed")
+            failed = len(outcomes) - passed
+            what = ", ".join(tier.tier for tier in run.tiers)
+            text = f"{what}, {run.profile}: {passed} passed" + (f", {failed} failed" if failed else "")
+        earlier = "" if record and run.image.digest == record["digest"] else " (earlier)"
+        marks.append(f"[{text}](runs/{path.name}){earlier}")
+    return "<br>".join(marks)
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
