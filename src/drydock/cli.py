@@ -289,6 +289,53 @@ def report(
     )
 
 
+@app.command()
+def contract(
+    image_name: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="an image, as `drydock images` lists them")
+    ],
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", metavar="PACKAGE==VERSION", help="look into that release instead"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look up everything the tiers use of an engine, verl and Megatron-core in their wheels, without a GPU."""
+    from drydock.contract import Wheel, check, imports_of, summary, uses
+    from drydock.indexes import read_indexes
+    from drydock.locks import read_pylock
+    from drydock.resolve import one_wheel
+
+    root = project_root()
+    store = open_store(root)
+    image = Image.named(root, image_name)
+    locked = {package.name: package.wheel for package in read_pylock(image).packages}
+    imports = imports_of(image.engine_name, image.engine.distribution)
+    artifacts = {name: locked[distribution] for name, distribution in imports.items()}
+    for text in against or ():
+        package, _, version = text.partition("==")
+        names = [name for name, distribution in imports.items() if distribution == package]
+        if not names or not version:
+            raise DrydockError(f"--against {text}: write one of {', '.join(imports.values())} and ==VERSION")
+        artifacts[names[0]] = one_wheel(image, read_indexes(os.environ), package, version)
+    get_artifacts(store, list(artifacts.values()))
+    wheels = {
+        name: Wheel(artifact.version, store.path(artifact.sha256)) for name, artifact in artifacts.items()
+    }
+    used = uses(root, image.engine_name)
+    missing = check(used, wheels)
+    counts = summary(used, wheels)
+    if as_json:
+        _say({"image": image.name, "packages": counts, "missing": missing})
+    else:
+        for line in missing:
+            print(line)
+        looked = ", ".join(f"{name} {each['version']} ({each['uses']})" for name, each in counts.items())
+        print(f"{image.name}: {len(used)} uses looked up in {looked}: {len(missing) or 'none'} missing")
+    if missing:
+        raise CheckFailed(f"{image.name}: {len(missing)} of {len(used)} uses are not there")
+
+
 @app.command("matrix")
 def matrix_page(
     write: Annotated[bool, typer.Option("--write", help="write docs/matrix.md")] = False,

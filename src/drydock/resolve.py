@@ -24,6 +24,7 @@ from drydock.fetch import fetch
 from drydock.indexes import Indexes, file_path, redact, uv_arguments
 from drydock.locks import (
     Artifact,
+    File,
     environment_marker,
     platform,
     platform_tags,
@@ -90,6 +91,18 @@ def lock_image(
     return data
 
 
+def one_wheel(image: Image, indexes: Indexes, name: str, version: str) -> Artifact:
+    """The wheel of one release that an image would take, whatever it requires.
+
+    Raises:
+        DrydockError: the index has no such release, or no wheel of it for the image.
+    """
+    wanted = f"{name}=={version}"
+    (entry,) = _compile(image, indexes, [wanted], keep={}, source_only=[], alone=True)
+    file = _file(_best_wheel(entry, platform_tags(image), image.name), "wheels", indexes)
+    return File.model_validate(file).artifact("wheel", name, version)
+
+
 def _compile(
     image: Image,
     indexes: Indexes,
@@ -97,10 +110,12 @@ def _compile(
     keep: Mapping[str, str],
     source_only: list[str],
     anything: bool = False,
+    alone: bool = False,
 ) -> list[dict[str, Any]]:
     """Run `uv pip compile` for the image's platform and return the packages of the pylock it makes.
 
-    `anything` resolves for any platform: a build environment runs on whatever machine builds.
+    `anything` resolves for any platform: a build environment runs on whatever machine builds. `alone` leaves out
+    what the requirements require.
     """
     engine = image.engine
     with tempfile.TemporaryDirectory(prefix="drydock-resolve-") as folder:
@@ -122,7 +137,8 @@ def _compile(
         arguments += [] if anything else ["--python-platform", platform(image)]
         for name in source_only:
             arguments += ["--no-binary", name]
-        if engine.overrides:
+        arguments += ["--no-deps"] if alone else []
+        if engine.overrides and not alone:
             arguments += ["--override", "overrides.txt"]
         if engine.exclusions:
             arguments += ["--excludes", "excludes.txt"]

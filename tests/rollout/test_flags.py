@@ -21,8 +21,8 @@ def test_what_the_parser_does_not_know_is_refused(launch: Launch) -> None:
             VLLM.parse([*launch.flags, *wrong])
         return str(refusal.value)
 
-    flag, value = at_once(words, [("--no-such-flag", "1"), ("--dtype", "float12")])
-    assert "--no-such-flag" in flag
+    flag, value = at_once(words, [("--no-such-flag", "1"), ("--dtype", "float12")])  # contract: refused
+    assert "--no-such-flag" in flag  # contract: refused
     assert "--dtype" in value
     assert "float12" in value
 
