@@ -81,7 +81,7 @@ def test_no_mark_in_the_matrix_without_its_run(tmp_path: Path) -> None:
         assert row.endswith("|  |  |  |")
 
     # A run of the recorded digest is marked in its image's row and nowhere else.
-    document = json.loads(DOCUMENTS[0].read_text())
+    document = json.loads((RUNS / "2026-11-23-eplb-2xh200.json").read_text())
     digest = re.search(r'\[h100-vllm\]\ndigest = "(.*)"', (tmp_path / "lock/images.toml").read_text())
     assert digest
     document["image"]["digest"] = digest[1]
