@@ -148,8 +148,6 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
     else:
         place = _place(root, name, folder, record)
     record.clock = time.monotonic()
-    # While the tiers run, this process only waits.
-    threading.Thread(target=_import_report, daemon=True).start()
     try:
         with _deadline(record.ceiling):
             _run(folder, place, record)
@@ -200,6 +198,8 @@ def _run(folder: Path, place: Place, record: Record) -> None:
         record.detail = f"the image is not what its lock says (verification ended with status {status})"
         record.not_run += [{"what": f"the {tier} tier", "reason": "verification failed"} for tier in chosen]
         return
+    # While the tiers run, this process only waits.
+    threading.Thread(target=_import_report, daemon=True).start()
     for tier in chosen:
         ended: int | None = None
         try:
