@@ -4,7 +4,7 @@
 #   tools/carried.sh PARTS WHEELS OUT ENGINE PROFILE [session options]
 #
 # PARTS holds part-000 and so on, WHEELS drydock's own dependencies for this machine's python3 (from lock/drydock.txt).
-# Documents and logs go to OUT, a folder for each session. Run again, it goes on with the image that is there.
+# Documents and logs go to OUT, an archive for each kind of session. Run again, it goes on with the image that is there.
 set -euo pipefail
 parts=$1 wheels=$2 out=$3
 shift 3

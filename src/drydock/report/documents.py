@@ -368,17 +368,22 @@ class Report(Model):
     @property
     def ok(self) -> bool:
         """Passed as a whole and in each part: nothing that failed is hidden by a wrong outcome above it."""
-        drifted = self.verification is not None and self.verification.verdict != "ok"
-        return (
-            self.outcome == "passed"
-            and all(tier.ok for tier in self.tiers)
-            and (self.drift_allowed or not drifted)
-        )
+        return self.outcome == "passed" and all(tier.ok for tier in self.tiers) and not self.drifted
+
+    @property
+    def differs(self) -> bool:
+        """Whether verification found differences from the lock."""
+        return self.verification is not None and self.verification.verdict != "ok"
+
+    @property
+    def drifted(self) -> bool:
+        """Whether such differences fail the run."""
+        return self.differs and not self.drift_allowed
 
     @property
     def drift(self) -> str:
         """What a run that was let go on with other versions has to say first; empty for all others."""
-        if self.verification is None or self.verification.verdict == "ok" or not self.drift_allowed:
+        if self.verification is None or not self.differs or not self.drift_allowed:
             return ""
         return f"not the locked image: it {self.verification.sentence}"
 

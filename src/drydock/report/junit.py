@@ -107,7 +107,7 @@ def _session_suite(root: ElementTree.Element, report: Report) -> None:
             for check in report.verification.checks
             for finding in check.findings
         ]
-        if report.verification.verdict != "ok" and not report.drift_allowed:
+        if report.drifted:
             _problem(case, "drift", report.verification.sentence, "\n".join(differences))
     for absent in report.not_run:
         case = _case(suite, "session", absent.what)

@@ -88,7 +88,7 @@ def _rows(report: Report) -> Iterator[tuple[str, ...]]:
 
 
 def _lines(report: Report, page: Path | None) -> Iterator[str]:
-    if report.verification and report.verification.verdict != "ok" and not report.drift:
+    if report.verification and report.drifted:
         yield f"versions: {report.verification.sentence}"
     for _, test in report.tests:
         if test.failed:

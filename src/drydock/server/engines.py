@@ -121,21 +121,22 @@ class Verdict:
         return accepted
 
 
+def _refuse(words: str) -> NoReturn:
+    """In place of a parser's own `error`, which prints: its words are the verdict."""
+    raise SystemExit(words)
+
+
 def parse_vllm(flags: list[str]) -> dict[str, Any]:
     """vLLM's own verdict, in the steps of vllm/entrypoints/openai/api_server.py (0.24)."""
     arguments = importlib.import_module("vllm.entrypoints.openai.cli_args")
     parser = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser(prog="vllm")
-
-    def refuse(words: str) -> None:
-        raise SystemExit(words)
-
-    parser.error = refuse
+    parser.error = _refuse
     accepted = arguments.make_arg_parser(parser).parse_args(flags)
     arguments.validate_parsed_serve_args(accepted)
     if accepted.model_tag is not None:
         # The parser takes a stray word, such as the "true" of `--enforce-eager true`, as the model's name, which
         # this server then does not use.
-        refuse(f"unrecognized arguments: {accepted.model_tag}")
+        _refuse(f"unrecognized arguments: {accepted.model_tag}")
     return dict(vars(accepted))
 
 
@@ -174,11 +175,7 @@ def parse_sglang(flags: list[str]) -> dict[str, Any]:
     """SGLang's own verdict, in the steps of sglang/srt/server_args.py (0.5.14); it looks at the devices too."""
     server_args = importlib.import_module("sglang.srt.server_args")
     parser = argparse.ArgumentParser(prog="sglang")
-
-    def refuse(words: str) -> NoReturn:
-        raise SystemExit(words)
-
-    parser.error = refuse  # type: ignore[assignment]
+    parser.error = _refuse  # type: ignore[assignment]
     server_args.ServerArgs.add_cli_args(parser)
     accepted = parser.parse_args(flags)
     try:
