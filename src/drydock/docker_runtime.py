@@ -19,9 +19,10 @@ from docker.types import DeviceRequest, Mount
 
 from drydock import oci
 from drydock.errors import DrydockError
+from drydock.namespaces import USER_ID
 from drydock.oci import Built
 from drydock.progress import Progress
-from drydock.runtime import CHECKOUT, RESULTS, USER_ID, Task, check_architecture, ending_signals
+from drydock.runtime import CHECKOUT, RESULTS, Task, check_architecture, ending_signals
 from drydock.store import CHUNK, Store
 from drydock.unpack import check_blobs
 

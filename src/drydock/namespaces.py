@@ -4,6 +4,8 @@ Run as a program, so that no thread of drydock's is in the process that makes na
 stand between drydock and the command: the entering one, the first one in the namespaces (their pid 1, which
 mounts what the image needs, reaps orphans and passes signals on), and the command, its child. Each is killed
 when its parent dies, and the kernel ends all that is in the namespaces with pid 1.
+
+Standard library only: it starts once for every command, and drydock's own dependencies take 0.2 s to import.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from drydock.runtime import USER_ID
-
+USER_ID = 1000
+"""uid and gid of the image's user `drydock`."""
 GRACE_SECONDS = 10
 """From SIGTERM to SIGKILL when drydock is told to end."""
 END_NOW = signal.SIGALRM

@@ -13,6 +13,7 @@ from typing import Literal, Protocol, cast
 
 from drydock.definition import MACHINES, Architecture
 from drydock.errors import DrydockError
+from drydock.namespaces import USER_ID
 from drydock.oci import Built
 from drydock.store import Store, disk_errors
 
@@ -25,8 +26,6 @@ RESULTS = "/results"
 """Where the results folder is in the image."""
 MANIFEST = Path("/usr/share/drydock/manifest.json")
 """What every image of drydock's carries about itself."""
-USER_ID = 1000
-"""uid and gid of the image's user `drydock`."""
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 

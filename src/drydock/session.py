@@ -63,7 +63,7 @@ class Record:
     """What the session has seen so far; `document()` is the report's input at any time.
 
     `clock` is when the image was there and the session proper began: budgets are for what runs in the image,
-    not for how much of it this machine had to build or load.
+    not for how much of it this machine had to build or load. `running` is the tier that has not ended.
     """
 
     options: argparse.Namespace
@@ -75,6 +75,7 @@ class Record:
     verification: dict[str, Any] | None = None
     ceiling: float | None = None
     detail: str = ""
+    running: str = ""
 
     @property
     def name(self) -> str:
@@ -92,6 +93,7 @@ class Record:
     def failures(self) -> list[str]:
         """One line for everything that keeps this session from having passed."""
         lines = [self.detail] if self.detail else []
+        lines += [f"this is not its end: the {self.running} tier was running"] if self.running else []
         lines += [f"{tier['tier']}: {tier['detail']}" for tier in self.tiers if tier["outcome"] != "passed"]
         if not lines and not any(
             test["outcome"] == "passed" for tier in self.tiers for test in tier["tests"]
@@ -150,7 +152,7 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
     record.clock = time.monotonic()
     try:
         with _deadline(record.ceiling):
-            _run(folder, place, record)
+            _run(root, folder, place, record)
     except OutOfTime:
         record.detail = (
             f"ended from outside {PATIENCE:.0f} s after its ceiling of {record.ceiling:.0f} s: "
@@ -181,7 +183,7 @@ def _ceiling(budgets: Path, image: str, options: argparse.Namespace) -> float | 
     return limit.ceiling if limit else None
 
 
-def _run(folder: Path, place: Place, record: Record) -> None:
+def _run(root: Path, folder: Path, place: Place, record: Record) -> None:
     chosen = _chosen(record.options)
     record.not_run += [
         {"what": f"the {tier} tier", "reason": f"only {chosen[0]} was asked for (--tier)"}
@@ -198,16 +200,16 @@ def _run(folder: Path, place: Place, record: Record) -> None:
         record.detail = f"the image is not what its lock says (verification ended with status {status})"
         record.not_run += [{"what": f"the {tier} tier", "reason": "verification failed"} for tier in chosen]
         return
-    # While the tiers run, this process only waits.
-    threading.Thread(target=_import_report, daemon=True).start()
     for tier in chosen:
         ended: int | None = None
+        record.running = tier
         try:
-            with record.step(tier):
+            with record.step(tier), _report_so_far(root, folder, place, record):
                 ended = place.run(*_pytest(tier, place, record))
         finally:
             # Also of a tier that was broken off, and what of it ran.
             record.tiers.append(_tier_document(folder, tier, ended, record))
+            record.running = ""
 
 
 def _pytest(tier: str, place: Place, record: Record) -> tuple[list[str], dict[str, str]]:
@@ -249,9 +251,28 @@ def _tier_document(folder: Path, tier: str, status: int | None, record: Record) 
     return document
 
 
-def _import_report() -> None:
-    with contextlib.suppress(ImportError):
-        import drydock.report.page  # noqa: F401
+@contextlib.contextmanager
+def _report_so_far(root: Path, folder: Path, place: Place, record: Record) -> Iterator[None]:
+    """While a tier runs, write the report of what ran before it.
+
+    It is what is left of a session that is killed, can be read while a long one runs, and loads what takes a second
+    (matplotlib), which nobody then waits for at the end.
+    """
+    from drydock.report import write
+
+    document = record.document(root, place)
+
+    def write_it() -> None:
+        # What is wrong with the folder is said at the end.
+        with contextlib.suppress(DrydockError):
+            write(document, folder, quiet=True)
+
+    writer = threading.Thread(target=write_it, daemon=True)
+    writer.start()
+    try:
+        yield
+    finally:
+        writer.join()
 
 
 def _report(root: Path, folder: Path, place: Place, record: Record) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ BUDGETS = """
 [tiny-mini.fast]
 session = { ceiling = 100 }
 """
+RUNNING = "this is not its end: the trainer tier was running"
 TIERS = ("rollout", "trainer", "eplb")
 BUDGETS += "".join(f"[tiny-mini.fast.{tier}.each]\ntest = {{ ceiling = 30 }}\n" for tier in TIERS)
 
@@ -38,12 +40,18 @@ class Session:
     def write(self, tier: str, text: str) -> None:
         (self.project.root / "tests" / tier / f"test_{tier}.py").write_text(text)
 
+    def command(self, *options: str, profile: str = "fast") -> list[str]:
+        session = [sys.executable, "-m", "drydock.session", "mini", profile]
+        return [*session, "--hardware", "tiny", "--runtime", "chroot", *options]
+
+    @property
+    def surroundings(self) -> dict[str, Any]:
+        return {"cwd": self.project.root, "env": environment(self.store)}
+
     def run(self, *options: str, profile: str = "fast") -> Outcome:
         done = subprocess.run(
-            [sys.executable, "-m", "drydock.session", "mini", profile, "--hardware", "tiny", "--runtime", "chroot",
-             *options],
-            cwd=self.project.root, env=environment(self.store), capture_output=True, text=True,
-            timeout=300, check=False,
+            self.command(*options, profile=profile), **self.surroundings,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -161,6 +169,21 @@ def test_a_tier_whose_watchdog_is_killed_too_is_a_crash(session: Session) -> Non
     (tier,) = session.report()["tiers"]
     assert tier["outcome"] == "crashed"
     assert not tier["complete"]
+
+
+def test_a_session_that_is_killed_leaves_the_report_of_what_ran(session: Session) -> None:
+    session.write("trainer", "import time\n\ndef test_it():\n    time.sleep(30)\n")
+    with subprocess.Popen(session.command(), **session.surroundings, stdout=subprocess.DEVNULL) as process:
+        runs = session.results.parent
+        deadline = time.monotonic() + 60
+        while not (pages := [page for page in runs.glob("*/report.html") if RUNNING in page.read_text()]):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.kill()
+    report = json.loads((pages[0].parent / "report.json").read_text())
+    assert report["outcome"] == "failed"
+    assert report["detail"] == RUNNING
+    assert [tier["outcome"] for tier in report["tiers"]] == ["passed"]
 
 
 def test_one_tier_says_that_the_others_were_not_asked_for(session: Session) -> None:

@@ -635,6 +635,15 @@ def test_a_machine_that_allows_no_namespaces(
     assert not list((own.root / "run").iterdir())
 
 
+def test_what_starts_for_every_command_imports_the_standard_library_alone() -> None:
+    code = "import drydock.namespaces, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    without = subprocess.run([sys.executable, "-c", code.replace("drydock.namespaces, ", "")],
+                             capture_output=True, text=True, check=True)  # fmt: skip
+    loaded = set(done.stdout.split()) - set(without.stdout.split()) - set(sys.stdlib_module_names)
+    assert loaded == {"drydock"}
+
+
 # ---------------------------------------------------------------------------------------------- unpacking
 
 

@@ -24,7 +24,7 @@ JUNIT = "junit.xml"
 PAGE = "report.html"
 
 
-def write(document: Mapping[str, Any] | Path, folder: Path) -> Report:
+def write(document: Mapping[str, Any] | Path, folder: Path, *, quiet: bool = False) -> Report:
     """Write `report.json`, `junit.xml` and `report.html` of a run into its folder.
 
     Runs in the folders beside it are its history.
@@ -32,6 +32,7 @@ def write(document: Mapping[str, Any] | Path, folder: Path) -> Report:
     Parameters:
         document: the session's document, or the path of one, which is then not written again if it is the
             folder's own.
+        quiet: do not say on standard error that there is no page where what it takes is not installed.
 
     Raises:
         DrydockError: the document is not ours, or the folder cannot be written.
@@ -58,7 +59,8 @@ def write(document: Mapping[str, Any] | Path, folder: Path) -> Report:
             say = (
                 f"no {PAGE}: {error.name} is not installed here; `drydock report {folder}` makes it elsewhere"
             )
-            print(say, file=sys.stderr)
+            if not quiet:
+                print(say, file=sys.stderr)
             return report
         (folder / PAGE).write_text(page(report, earlier), encoding="utf-8")
     except OSError as error:
