@@ -35,6 +35,8 @@ INPUTS = {"gsm8k_model": "/inputs/gsm8k-model", "gsm8k_data": "/inputs/gsm8k-dat
 PATIENCE = 60.0
 """Seconds past the session's ceiling after which its command is ended from outside. The tiers end by themselves
 long before; this is for a watchdog that hangs itself."""
+SETTLE = 5.0
+"""Seconds into a tier before the report of what ran before it is written: its start is not to be slowed."""
 
 
 class OutOfTime(SystemExit):
@@ -267,11 +269,13 @@ def _report_so_far(root: Path, folder: Path, place: Place, record: Record) -> It
         with contextlib.suppress(DrydockError):
             write(document, folder, quiet=True)
 
-    writer = threading.Thread(target=write_it, daemon=True)
+    writer = threading.Timer(SETTLE, write_it)
+    writer.daemon = True
     writer.start()
     try:
         yield
     finally:
+        writer.cancel()
         writer.join()
 
 

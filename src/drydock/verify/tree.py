@@ -54,12 +54,15 @@ def _scan(root: str, folder: str) -> tuple[dict[str, Seen], list[str]]:
     return found, folders
 
 
-def _walk_below(root: str, top: str) -> dict[str, Seen]:
-    found: dict[str, Seen] = {}
-    folders = [top]
+def _walk_below(root: str, tops: Sequence[str]) -> list[tuple[str, list[tuple[str, int, int]]]]:
+    """Each folder under these with its files' names, modes and sizes: what costs little between processes."""
+    found = []
+    folders = list(tops)
     while folders:
-        files, inner = _scan(root, folders.pop())
-        found |= files
+        folder = folders.pop()
+        files, inner = _scan(root, folder)
+        skip = len(folder) + 1
+        found.append((folder, [(path[skip:], *seen) for path, seen in files.items()]))
         folders += inner
     return found
 
@@ -89,14 +92,16 @@ class Tree:
                 inner += below
             folders = inner
         with contextlib.ExitStack() as stack:
-            each: Callable[..., Iterable[dict[str, Seen]]] = map
+            each: Callable[..., Iterable[list[tuple[str, list[tuple[str, int, int]]]]]] = map
+            parts = 1
             # A few folders are not worth a process, and a process pool needs a /dev/shm.
             if folders and os.access("/dev/shm", os.W_OK):
                 context = multiprocessing.get_context("fork")
-                pool = stack.enter_context(ProcessPoolExecutor(WALKERS, context))
-                each = partial(pool.map, chunksize=1 + len(folders) // (8 * WALKERS))
-            for files in each(partial(_walk_below, self.root), folders):
-                found |= files
+                each = stack.enter_context(ProcessPoolExecutor(WALKERS, context)).map
+                parts = 8 * WALKERS
+            for part in each(partial(_walk_below, self.root), [folders[n::parts] for n in range(parts)]):
+                for folder, files_in in part:
+                    found |= {f"{folder}/{name}": Seen(mode, size) for name, mode, size in files_in}
         self._walked |= found
         return found
 
