@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+EXACT = {"TRITON_F32_DEFAULT": "ieee"}
+"""For a server whose float32 is compared with another's: Triton's attention multiplies it as TF32 unless told not to.
+Seen on an H100, over all tokens of the dense model: 3.5e-4 nats from the reference with TF32, 7.7e-7 without."""
 ALPHABET = "0123456789+-*=() abcdefghijklmnopqrstuvwxyz?.,\n"
 
 

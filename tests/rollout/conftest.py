@@ -16,6 +16,7 @@ from client import VOCABULARY
 from reference import KINDS, Kind, Reference, Scored, score
 
 from drydock.server import VLLM, Server
+from tiny_models import EXACT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ def launch(profile: Mapping[str, Any]) -> Launch:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_SERVER_DEV_MODE": "1",
+        **EXACT,
     }
     if not profile["compile"]:
         flags.append("--enforce-eager")

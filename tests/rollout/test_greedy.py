@@ -12,10 +12,14 @@ from drydock.server import Server
 
 
 def test_the_same_prompt_twice(server: Server, profile: Mapping[str, Any]) -> None:
-    """Alone, to the last bit."""
+    """Alone, to the last bit.
+
+    Not with the first time: its prompt is computed whole, what comes later takes the blocks that it left in the cache
+    and computes the rest, which on a GPU is another sum (seen on an H100, in float32).
+    """
     prompts = [random_prompt(length, seed=100 + length) for length in (3, 40)]
     for prompt in prompts:
-        first, second = (generate(server, prompt, profile["new_tokens"]) for _ in range(2))
+        _, first, second = (generate(server, prompt, profile["new_tokens"]) for _ in range(3))
         assert first == second
     one, other = (generate(server, prompt, profile["new_tokens"])[0] for prompt in prompts)
     assert one.log_probs != other.log_probs, "an equality that two prompts pass proves nothing"

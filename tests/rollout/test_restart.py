@@ -1,4 +1,4 @@
-"""A server can be started again and again: it answers the same, and leaves nothing behind."""
+"""A server can be started again and again: it answers as exactly as the first time, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from client import generate, random_prompt
 from conftest import Launch
-from reference import DENSE
+from reference import DENSE, Reference, compare, scored
 
 from drydock.server import VLLM, Server
 
@@ -42,7 +42,9 @@ def test_every_start_is_like_the_first(
         left.append(left_behind())
     record("series", {"title": "Seconds until a server is ready", "x": list(range(1, len(seconds) + 1)), "y": seconds,
                       "x_label": "start", "y_label": "s", "threshold": None})  # fmt: skip
-    assert found == found[:1] * profile["starts"]
+    # Not the same bits: a first start compiles what the others find compiled, and kernels are chosen by their time.
+    record("the_same_bits_as_first", sum(answer == found[0] for answer in found) / len(found))
+    assert compare(Reference(folder, DENSE), [scored(answer) for (answer,) in found]).beyond == []
     assert left[0]["shared"] == shared
     # The first start may fill caches that the others use; after it nothing may come to what is there.
     assert left == left[:1] * profile["starts"]

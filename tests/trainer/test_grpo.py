@@ -19,7 +19,7 @@ from arithmetic import CHANCE, Problem, problems
 from grpo import Policy, Step, Trainer, warm_up
 
 from drydock.server import VLLM, Server
-from tiny_models import make_qwen3
+from tiny_models import EXACT, make_qwen3
 
 LONGEST = 3
 """Tokens of a response: the digit, the end, and one too many."""
@@ -34,7 +34,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory, results: Path) -> Iterator[
     flags = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "32", "--max-num-seqs", "256"]
     environment = {
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_SERVER_DEV_MODE": "1", "TORCH_COMPILE_DISABLE": "1",
+        "VLLM_SERVER_DEV_MODE": "1", "TORCH_COMPILE_DISABLE": "1", **EXACT,
     }  # fmt: skip
     with Server(VLLM, folder, flags, log=results / "vllm-grpo.log", environment=environment) as server:
         yield Policy(folder, server, LONGEST)
