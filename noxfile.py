@@ -37,3 +37,15 @@ def vllm_fast(session: nox.Session) -> None:
 def vllm_full(session: nox.Session) -> None:
     """The same at the boundaries that fast gives up: long sequences, large batches, real GPUs and EPLB."""
     session.run(sys.executable, "-m", "drydock.session", "vllm", "full", *session.posargs)
+
+
+@nox.session(tags=["fast"])
+def sglang_fast(session: nox.Session) -> None:
+    """The tiers in SGLang's image. Without a GPU: `-- --hardware h100 --cpu-part`, for what needs none."""
+    session.run(sys.executable, "-m", "drydock.session", "sglang", "fast", *session.posargs)
+
+
+@nox.session(tags=["full"])
+def sglang_full(session: nox.Session) -> None:
+    """The same at the boundaries that fast gives up."""
+    session.run(sys.executable, "-m", "drydock.session", "sglang", "full", *session.posargs)

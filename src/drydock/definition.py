@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -30,6 +31,15 @@ def _version(text: str) -> str:
     return text
 
 
+def _image_path(text: str) -> str:
+    if not text.startswith("/") or text != os.path.normpath(text) or text.startswith(RESERVED):
+        raise ValueError(f"{text!r} is not an absolute path of the image outside of {' and '.join(RESERVED)}")
+    return text
+
+
+RESERVED = ("/proc", "/sys", "/dev", "/usr/share/drydock")
+"""Where no definition puts a link."""
+ImagePath = Annotated[str, AfterValidator(_image_path)]
 RequirementText = Annotated[str, AfterValidator(_requirement)]
 VersionText = Annotated[str, AfterValidator(_version)]
 Reason = Annotated[str, Field(min_length=10, description="why, for the reviewer of a lock")]
@@ -105,6 +115,9 @@ class Engine(Model):
         description="winner -> losers among distributions that ship one path with different content",
     )
     environment: dict[str, str] = {}
+    links: dict[ImagePath, ImagePath] = Field(
+        default={}, description="symbolic links, path -> what the image holds, for programs that look there"
+    )
     labels: dict[str, str] = {}
     distribution: str = Field(description="the engine's own distribution name")
     absent_libraries: dict[str, Reason] = Field(

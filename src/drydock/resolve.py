@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 import tomli_w
+from packaging.requirements import Requirement
 from packaging.tags import Tag
 from packaging.utils import canonicalize_name
 from uv import find_uv_bin
@@ -153,6 +154,7 @@ def _compile(
             )  # fmt: skip
 
         done = None
+        keep = still_asked_for(keep, requirements)
         if keep:
             (work / "kept.txt").write_text("".join(f"{name}=={version}\n" for name, version in keep.items()))
             done = run("--constraint", "kept.txt")
@@ -169,6 +171,18 @@ def _compile(
             raise DrydockError(f"{image.name} does not resolve: {_reason(done.stderr)}")
         packages: list[dict[str, Any]] = tomllib.loads(output.read_text())["packages"]
         return packages
+
+
+def still_asked_for(keep: Mapping[str, str], requirements: list[str]) -> dict[str, str]:
+    """What was locked, without the versions that the definition itself no longer takes."""
+    asked: dict[str, list[Requirement]] = {}
+    for requirement in map(Requirement, requirements):
+        asked.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+    return {
+        name: version
+        for name, version in keep.items()
+        if all(each.specifier.contains(version, prereleases=True) for each in asked.get(name, ()))
+    }
 
 
 def _reason(said: str) -> str:

@@ -26,6 +26,7 @@ from drydock.project import get_artifacts, open_store, project_root
 from drydock.runtime import CHECKOUT, MANIFEST, RESULTS, Task, choose, inside
 from drydock.store import Store
 from drydock.tiers.budgets import read_budgets, tier_budget
+from drydock.tiers.profiles import kind_of
 
 TIERS = ("rollout", "trainer", "eplb")
 """Folders under `tests/`, in the order they run."""
@@ -81,7 +82,11 @@ class Record:
 
     @property
     def name(self) -> str:
-        return f"{self.options.engine}_{self.options.profile}"
+        return f"{self.options.engine}_{self.kind.replace('-', '_')}"
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.options.profile, self.options.cpu_part)
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -112,7 +117,7 @@ class Record:
             "schema": 1,
             "session": self.name,
             "engine": self.options.engine,
-            "profile": self.options.profile,
+            "profile": self.kind,
             "image": place.image,
             "drydock": _commit(root),
             "began": self.began.strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -120,7 +125,7 @@ class Record:
             "outcome": "failed" if failures else "passed",
             "detail": "; ".join(failures),
             "runtime": place.runtime,
-            "device": device_here(place.cuda),
+            "device": device_here(place.cuda and not self.options.cpu_part),
             "verification": self.verification,
             "drift_allowed": self.options.allow_drift,
             "steps": self.steps,
@@ -143,12 +148,12 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
     name = manifest["image"] if manifest else f"{options.hardware or hardware_here(root)}-{options.engine}"
     if not options.unbudgeted:
         # Before minutes of building: without budgets nothing runs.
-        record.ceiling = _ceiling(root / "tests" / "budgets.toml", name, options)
+        record.ceiling = _ceiling(root / "tests" / "budgets.toml", name, record)
     folder = _new_folder(root / "results" / record.name, record.began)
     if manifest:
         place = _inside(root, folder, manifest, _inputs(options))
     elif options.runtime == "here":
-        place = _in_place(root, folder, name, _inputs(options))
+        place = _in_place(root, folder, name, options)
     else:
         place = _place(root, name, folder, record)
     record.clock = time.monotonic()
@@ -173,15 +178,15 @@ def _chosen(options: argparse.Namespace) -> list[str]:
     return [options.tier] if options.tier else list(TIERS)
 
 
-def _ceiling(budgets: Path, image: str, options: argparse.Namespace) -> float | None:
+def _ceiling(budgets: Path, image: str, record: Record) -> float | None:
     """Seconds that the session may take.
 
     Raises:
         DrydockError: a tier that is to run has no budget.
     """
-    for tier in _chosen(options):
-        tier_budget(budgets, image, options.profile, tier)
-    limit = read_budgets(budgets)[image, options.profile].session
+    for tier in _chosen(record.options):
+        tier_budget(budgets, image, record.kind, tier)
+    limit = read_budgets(budgets)[image, record.kind].session
     return limit.ceiling if limit else None
 
 
@@ -192,6 +197,10 @@ def _run(root: Path, folder: Path, place: Place, record: Record) -> None:
         for tier in TIERS
         if tier not in chosen
     ]
+    if record.options.cpu_part:
+        record.not_run.append(
+            {"what": "what needs an accelerator", "reason": "only the rest was asked for (--cpu-part)"}
+        )
     with record.step("verification"):
         document = f"{place.results}/verification.json"
         status = place.run(["python", "-m", "drydock.verify", *place.verify, "--document", document], {})
@@ -221,7 +230,9 @@ def _pytest(tier: str, place: Place, record: Record) -> tuple[list[str], dict[st
         "-p", "drydock.tiers.plugin",
         f"--rootdir={place.checkout}", "-c", f"{place.checkout}/pyproject.toml",
         f"--tier={tier}", f"--profile={options.profile}", f"--image={place.image['name']}",
+        f"--engine={options.engine}", f"--accelerator={'cuda' if place.cuda else 'none'}",
         f"--results={place.results}",
+        *(["--cpu-part"] if options.cpu_part else []),
         *(["--unbudgeted"] if options.unbudgeted else []),
         *(f"--{name.replace('_', '-')}={path}" for name, path in place.inputs.items()),
         *(["-k", options.keyword] if options.keyword else []),
@@ -240,7 +251,7 @@ def _tier_document(folder: Path, tier: str, status: int | None, record: Record) 
         document: dict[str, Any] = json.loads((folder / f"{tier}.json").read_text())
     except (OSError, ValueError):
         return {
-            "schema": 1, "tier": tier, "profile": record.options.profile, "seconds": record.steps[-1]["seconds"],
+            "schema": 1, "tier": tier, "profile": record.kind, "seconds": record.steps[-1]["seconds"],
             "outcome": "crashed", "detail": f"pytest {ended} and left no document",
             "complete": False, "phases": {}, "budget": None, "tests": [], "not_selected": [],
             "profile_values": [], "survivors": [],
@@ -306,7 +317,8 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
     given = _inputs(record.options)
     image = Image.named(root, name)
     cuda = image.definition.accelerator.kind == "cuda"
-    _need_gpus(image)
+    if not record.options.cpu_part:
+        _need_gpus(image)
     store = open_store(root)
     with record.step("image"):
         built = _built(image, store, record.options.prebuilt)
@@ -323,7 +335,7 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
             results=folder,
             inputs={INPUTS[name]: path for name, path in given.items()},
             environment={**_environment(CHECKOUT), **environment},
-            gpus=cuda,
+            gpus=cuda and not record.options.cpu_part,
         )
         return runtime.run(store, built, task)
 
@@ -357,12 +369,13 @@ def _inside(root: Path, folder: Path, manifest: dict[str, Any], inputs: dict[str
     return _surroundings(root, folder, "inside", manifest["image"], cuda, inputs, [])
 
 
-def _in_place(root: Path, folder: Path, name: str, inputs: dict[str, Path]) -> Place:
+def _in_place(root: Path, folder: Path, name: str, options: argparse.Namespace) -> Place:
     """In an environment that somebody else made, compared with the image's lock as far as that goes."""
     image = Image.named(root, name)
     cuda = image.definition.accelerator.kind == "cuda"
-    _need_gpus(image)
-    return _surroundings(root, folder, "in place", name, cuda, inputs, ["--here", str(root), name])
+    if not options.cpu_part:
+        _need_gpus(image)
+    return _surroundings(root, folder, "in place", name, cuda, _inputs(options), ["--here", str(root), name])
 
 
 def _surroundings(
@@ -392,7 +405,7 @@ def _need_gpus(image: Image) -> None:
     if image.definition.accelerator.kind == "cuda" and not gpus_here():
         raise DrydockError(
             f"{image.name} needs an NVIDIA GPU and this machine shows none: run it where there is one, "
-            "or name --hardware cpu"
+            "add --cpu-part for the tests that need none, or name --hardware cpu"
         )
 
 
@@ -453,6 +466,10 @@ def main() -> None:
     parser.add_argument(
         "--runtime", choices=["auto", "docker", "chroot", "here"], default="auto",
         help="what the image runs in; `here` takes the environment that runs this for the image",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cpu-part", action="store_true",
+        help="what needs no accelerator, in the image of one: name it with --hardware",
     )  # fmt: skip
     parser.add_argument("--tier", choices=TIERS, help="one tier; all by default")
     parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="pytest's -k")

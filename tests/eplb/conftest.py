@@ -21,6 +21,17 @@ from trained_moe import TrainedMoe, train
 # Sums in one order, so that a model trained here is the same every time; at this size two threads are no faster.
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What exchanges weights in the fleet, and what the servers are asked through, is vLLM's."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if {"fleet", "server"} & set(fixtures):
+            item.add_marker(pytest.mark.engine("vllm"))
+        if "server" in fixtures:
+            item.add_marker(pytest.mark.serves)
+
+
 # At import, so that an image without a planner, or with one that has moved, fails the tier before anything runs.
 PLANNERS = find_planners()
 
@@ -51,8 +62,6 @@ def four_ranks() -> Iterator[Fleet]:
 @pytest.fixture
 def fleet(four_ranks: Fleet) -> Fleet:
     """Four ranks over gloo with vLLM's EPLB in each."""
-    if "vllm" not in {planner.name for planner in PLANNERS}:
-        pytest.fail("what exchanges the weights is vLLM's, and vLLM is not in this image")
     four_ranks.start()
     return four_ranks
 

@@ -41,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Two servers do not fit on one accelerator: each takes all the memory that it is given.
     """
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "launch" in fixtures:
+            item.add_marker(pytest.mark.engine("vllm"))
+        if "served" in fixtures:
+            item.add_marker(pytest.mark.serves)
 
     def place(item: pytest.Item) -> tuple[str, bool]:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}

@@ -90,6 +90,7 @@ def test_a_prompt_shows_how_to_answer(tmp_path: Path) -> None:
     assert "#### 4" not in text, "the answer must not be given away"
 
 
+@pytest.mark.serves
 @pytest.mark.asked("gsm8k_model", "gsm8k_data")
 def test_accuracy(
     request: pytest.FixtureRequest, launch: Launch, profile: Mapping[str, Any], results: Path, record: Any

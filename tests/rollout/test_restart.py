@@ -24,6 +24,7 @@ def left_behind() -> dict[str, Any]:
     }
 
 
+@pytest.mark.serves
 @pytest.mark.full("five starts of a server take minutes")
 def test_every_start_is_like_the_first(
     launch: Launch, profile: Mapping[str, Any], results: Path, tmp_path: Path, record: Any

@@ -21,6 +21,7 @@ from grpo import Policy, Step, Trainer, warm_up
 from drydock.server import VLLM, Server
 from tiny_models import EXACT, make_qwen3
 
+pytestmark = [pytest.mark.serves, pytest.mark.engine("vllm")]
 LONGEST = 3
 """Tokens of a response: the digit, the end, and one too many."""
 EXAM_SEED = 10**6

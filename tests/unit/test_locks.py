@@ -94,6 +94,17 @@ def test_a_changed_definition_keeps_what_still_fits(tmp_path: Path, environ: dic
     assert relocked(root, environ) == [("alpha", "1.1", "1.0")]
 
 
+def test_only_versions_that_the_definition_refuses_are_let_go() -> None:
+    """What is let go moves, all else is held exactly: held loosely, uv may take a release without a wheel for us."""
+    from drydock.resolve import still_asked_for
+
+    kept = {"alpha": "1.1", "beta": "2.0rc1", "gamma": "1.0"}
+    assert still_asked_for(kept, ["alpha==1.0", "Beta[more]>=1", "delta"]) == {
+        "beta": "2.0rc1",
+        "gamma": "1.0",
+    }
+
+
 def test_overrides_and_exclusions_reach_the_resolver(tmp_path: Path, environ: dict[str, str]) -> None:
     more = '[engine.mini.overrides]\nbeta = { version = "1.0", reason = "for a test of it" }\n'
     root = make_project(tmp_path / "a", '["alpha"]', more)

@@ -20,8 +20,8 @@ from drydock.tiers import install
 from drydock.tiers import record as _record
 from drydock.tiers.budgets import TierBudget, tier_budget
 from drydock.tiers.link import Link
-from drydock.tiers.processes import now
-from drydock.tiers.profiles import PROFILES, Profile, read_profile
+from drydock.tiers.processes import age, now
+from drydock.tiers.profiles import PROFILES, Profile, kind_of, read_profile
 
 GRACE_SECONDS = 5.0
 """For a test to come back after it was told to leave."""
@@ -35,6 +35,8 @@ STAGES = {"setup": "start", "call": "test", "teardown": "stop"}
 MARKERS = (
     "full(reason): runs in the full profile only; why it is not in fast",
     "needs(gpus): fails as missing where there are fewer GPUs",
+    "serves: starts the engine's server: needs a GPU in an image that is made for one",
+    "engine(name): what it tests is that engine's, so it is not for the image of another",
     "asked(*options): runs only when all of these options of pytest are given",
 )
 
@@ -55,6 +57,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--tier", help="folder under tests/")
     group.addoption("--profile", choices=PROFILES)
     group.addoption("--image", help="the image this runs in, for its budgets")
+    group.addoption("--engine", help="whose image it is; that of any without")
+    group.addoption("--accelerator", default="none", help="what the image is made for: none, cuda")
+    group.addoption("--cpu-part", action="store_true", help="leave out what needs an accelerator")
     group.addoption("--results", type=Path, help="folder for the result document and logs")
     group.addoption("--budgets", type=Path, help="tests/budgets.toml by default")
     group.addoption("--unbudgeted", action="store_true", help="measure: hold the run to no budget")
@@ -105,13 +110,14 @@ def _begin(config: pytest.Config) -> Tier:
     budget: TierBudget | None = None
     profile = Profile(options.profile, tests, {})
     refusal: DrydockError | None = None
+    kind = kind_of(options.profile, options.cpu_part)
     try:
         if not (tests / options.tier).is_dir():
             raise DrydockError(f"no tier {options.tier!r}: there is no folder {tests / options.tier}")
         profile = read_profile(tests / options.tier / "profile.toml", options.profile)
         if not options.unbudgeted:
             path = options.budgets or tests / "budgets.toml"
-            budget = tier_budget(path, options.image, options.profile, options.tier)
+            budget = tier_budget(path, options.image, kind, options.tier)
         if options.session_seconds is not None and options.session_seconds <= 0:
             raise CheckFailed("the session's budget was used up before the tier began")
     except DrydockError as error:
@@ -120,11 +126,12 @@ def _begin(config: pytest.Config) -> Tier:
         link = Link(BudgetExceeded, _watchdog_gone)
         link.order(
             tier=options.tier,
-            profile=options.profile,
+            profile=kind,
             image=options.image,
             results=str(options.results.absolute()),
             budget=budget and budget.document(),
             session_seconds=options.session_seconds,
+            age=age(),
             profile_values=profile.document(),
             grace=GRACE_SECONDS,
             still=STILL_SECONDS,
@@ -328,6 +335,13 @@ def _reason(item: pytest.Item) -> str | None:
         if marker.args or set(marker.kwargs) != {"gpus"} or not isinstance(marker.kwargs["gpus"], int):
             raise pytest.UsageError(f"{item.nodeid}: write needs(gpus=NUMBER)")
     reasons = []
+    if item.config.getoption("cpu_part") and (gpus := _gpus_for(item)):
+        reasons.append(f"needs {gpus} GPU{'s' * (gpus > 1)}, and --cpu-part asks for what needs none")
+    for marker in item.iter_markers("engine"):
+        if marker.kwargs or len(marker.args) != 1 or not isinstance(marker.args[0], str):
+            raise pytest.UsageError(f"{item.nodeid}: write engine(NAME)")
+        if item.config.getoption("engine") not in (None, marker.args[0]):
+            reasons.append(f"what it tests is {marker.args[0]}'s")
     for marker in item.iter_markers("full"):
         if marker.kwargs or len(marker.args) != 1 or not isinstance(marker.args[0], str):
             raise pytest.UsageError(f'{item.nodeid}: write full("why it is not in the fast profile")')
@@ -358,10 +372,16 @@ def _whole(config: pytest.Config) -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before its fixtures: what a test needs is here, or it fails."""
-    for marker in item.iter_markers("needs"):
-        here = gpus_here()
-        if here < marker.kwargs["gpus"]:
-            raise Missing(f"needs {marker.kwargs['gpus']} GPUs, {here} are here", pytrace=False)
+    needed, here = _gpus_for(item), gpus_here()
+    if here < needed:
+        raise Missing(f"needs {needed} GPUs, {here} are here", pytrace=False)
+
+
+def _gpus_for(item: pytest.Item) -> int:
+    """How many GPUs a test needs in this image."""
+    serves = item.get_closest_marker("serves") and item.config.getoption("accelerator") != "none"
+    numbers: list[int] = [marker.kwargs["gpus"] for marker in item.iter_markers("needs")]
+    return max([int(bool(serves)), *numbers])
 
 
 def gpus_here() -> int:

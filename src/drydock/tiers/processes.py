@@ -40,6 +40,12 @@ def now() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS)
 
 
+def age() -> float:
+    """Seconds since this process was started; 0 where /proc does not tell."""
+    born = next((process.born for process in _all() if process.pid == os.getpid()), None)
+    return 0.0 if born is None else max(0.0, (now() - born) / TICKS)
+
+
 def _all() -> Iterator[Process]:
     # Where a container sees its host's /proc, the pids in it are not ours: then nobody is known.
     if not Path("/proc/self").exists() or Path("/proc/self").readlink().name != str(os.getpid()):

@@ -22,6 +22,11 @@ PROFILES = ("fast", "full")
 KEYS = {"fast", "full", "gives-up"}
 
 
+def kind_of(profile: str, cpu_part: bool) -> str:
+    """What a run of a profile is in budgets and documents: `fast`, or `fast-cpu-part`, which has budgets of its own."""
+    return f"{profile}-cpu-part" if cpu_part else profile
+
+
 @dataclass(frozen=True, kw_only=True)
 class Value:
     """One parameter: its value in each profile, and what the fast one gives up."""

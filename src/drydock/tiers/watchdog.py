@@ -74,7 +74,8 @@ class Watchdog:
         self._exit: float = order["exit"]
         self._results = Path(order["results"])
         self._ledger = Ledger(
-            order["at"],
+            # The tier's time is that of its process: Python's and pytest's own start is a part of it.
+            order["at"] - order["age"],
             tier=order["tier"],
             profile=order["profile"],
             image=order["image"],
