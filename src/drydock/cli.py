@@ -336,6 +336,24 @@ def contract(
         raise CheckFailed(f"{image.name}: {len(missing)} of {len(used)} uses are not there")
 
 
+@app.command("diff")
+def diff_images(
+    old: Annotated[str, typer.Argument(metavar="IMAGE[@REVISION]", help="an image, or its lock in git then")],
+    new: Annotated[str, typer.Argument(metavar="IMAGE[@REVISION]")],
+    as_json: Json = False,
+) -> None:
+    """What differs between two images, and which layers one who has the first pulls for the second."""
+    from drydock.diff import diff, side, text_lines
+
+    root = project_root()
+    store = open_store(root)
+    document = diff(side(root, store, old), side(root, store, new))
+    if as_json:
+        _say(document)
+    else:
+        print("\n".join(text_lines(document)))
+
+
 @app.command("matrix")
 def matrix_page(
     write: Annotated[bool, typer.Option("--write", help="write docs/matrix.md")] = False,

@@ -106,7 +106,6 @@ class Engine(Model):
 
     summary: str
     requirements: tuple[RequirementText, ...]
-    prereleases: bool = False
     overrides: dict[str, Override] = {}
     exclusions: dict[str, Exclusion] = {}
     source_builds: dict[str, SourceBuild] = {}

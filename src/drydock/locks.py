@@ -211,7 +211,6 @@ def resolution_inputs(image: Image) -> dict[str, Any]:
         "python": image.definition.python,
         "platform": platform(image),
         "requirements": sorted(engine.requirements),
-        "prereleases": engine.prereleases,
         "overrides": {name: entry.version for name, entry in engine.overrides.items()},
         "exclusions": sorted(engine.exclusions),
         "source-builds": {name: sorted(entry.build_requires) for name, entry in engine.source_builds.items()},

@@ -60,7 +60,7 @@ class Progress:
         if self._bar:
             self._bar.stop()
         if self.seen:
-            self._line(f"{'stopped' if kind else 'done'}: {_bytes(self.seen)} in {self.seconds:.1f} s")
+            self._line(f"{'stopped' if kind else 'done'}: {amount(self.seen)} in {self.seconds:.1f} s")
 
     @property
     def seconds(self) -> float:
@@ -108,9 +108,10 @@ class Progress:
         if now - self._told >= PLAIN_INTERVAL:
             self._told = now
             self._line(
-                f"{_bytes(self.seen)} of {_bytes(self.total)}, {self.seconds:.0f} s, running: {names or '-'}"
+                f"{amount(self.seen)} of {amount(self.total)}, {self.seconds:.0f} s, running: {names or '-'}"
             )
 
 
-def _bytes(count: int) -> str:
+def amount(count: int) -> str:
+    """Bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -30,7 +30,9 @@ from drydock.tiers.budgets import ImageBudget, Limit, Limits, TierBudget, read_b
 
 RUNS = 3
 """Fewer say nothing about the spread."""
-LEAST_CEILING = 5.0
+LEAST_CEILING = 10.0
+"""Seconds. A pause of a few on a busy machine is nothing that a short phase has to be stopped for: with 5 s here, two
+tests were, beside a compiler on both cores."""
 LEAST_FLOORED = 1.0
 FLOOR_SHARE = 0.3
 NOTABLE_SHARE = 0.1

@@ -143,7 +143,7 @@ def _compile(
             arguments += ["--override", "overrides.txt"]
         if engine.exclusions:
             arguments += ["--excludes", "excludes.txt"]
-        arguments += ["--prerelease", "allow" if engine.prereleases else "if-necessary-or-explicit"]
+        arguments += ["--prerelease", "if-necessary-or-explicit"]
         index_arguments, index_environment = uv_arguments(indexes)
         environment = {**os.environ, **index_environment}
 

@@ -222,5 +222,47 @@ def test_hardware_that_is_not_here_is_named(session: Session) -> None:
     assert "needs an NVIDIA GPU" in session.run().error
 
 
+NEEDY = """
+import pytest
+
+def test_it(profile):
+    assert profile["size"] == 1
+
+@pytest.mark.needs(gpus=2)
+def test_two():
+    raise AssertionError
+
+@pytest.mark.serves
+def test_server():
+    raise AssertionError
+
+@pytest.mark.engine("other")
+def test_of_another():
+    raise AssertionError
+"""
+
+
+def test_the_part_that_needs_no_gpu_of_an_image_for_one(session: Session) -> None:
+    path = session.project.root / "images/tiny/image.toml"
+    path.write_text(
+        path.read_text().replace('kind = "none"', 'kind = "cuda"\nminimum-driver = "580.65.06"\nsm = ["90"]')
+    )
+    session.write("trainer", NEEDY)
+    assert "add --cpu-part" in session.run().error
+    # Its budgets are not those of the whole.
+    assert "tiny-mini.fast-cpu-part" in session.run("--cpu-part").error
+    outcome = session.run("--cpu-part", "--unbudgeted")
+    assert outcome.status == 0, outcome.stderr + outcome.stdout
+    report = json.loads((session.project.root / "results/mini_fast_cpu_part/latest/report.json").read_text())
+    assert (report["profile"], report["session"]) == ("fast-cpu-part", "mini_fast_cpu_part")
+    assert {row["what"] for row in report["not_run"]} == {"what needs an accelerator"}
+    trainer = report["tiers"][1]
+    assert [test["id"].partition("::")[2] for test in trainer["tests"]] == ["test_it"]
+    reasons = {row["id"].partition("::")[2]: row["reason"] for row in trainer["not_selected"]}
+    assert "needs 2 GPUs" in reasons["test_two"]
+    assert "needs 1 GPU," in reasons["test_server"]
+    assert reasons["test_of_another"] == "what it tests is other's"
+
+
 def test_a_model_that_is_not_there_is_one_line(session: Session) -> None:
     assert "--gsm8k-model: nowhere is not there" in session.run("--gsm8k-model", "nowhere").error
