@@ -34,6 +34,9 @@ from drydock.oci import Built, Layer
 from drydock.runtime import Runtime, Task
 from drydock.store import Store
 
+# A shell's background job, and what it starts, has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SOURCE = Path(runtime.__file__).parents[1]
 MACHINE_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: owners, other users")
