@@ -4,7 +4,8 @@
 #   tools/carried.sh PARTS WHEELS OUT ENGINE PROFILE [session options]
 #
 # PARTS holds part-000 and so on, WHEELS drydock's own dependencies for this machine's python3 (from lock/drydock.txt).
-# Documents and logs go to OUT, an archive for each kind of session. Run again, it goes on with the image that is there.
+# Parts of a second image (`pack --after`) are a folder of their own, given in a second call. Documents and logs go to
+# OUT, an archive for each kind of session. Run again, it goes on with the image that is there.
 set -euo pipefail
 parts=$1 wheels=$2 out=$3
 shift 3
@@ -17,9 +18,9 @@ if [ ! -e "$tools/.complete" ]; then
 fi
 export PYTHONPATH=$tools:$here/src DRYDOCK_STORE=${DRYDOCK_STORE:-$here/.drydock}
 unset PYTHONDONTWRITEBYTECODE
-if [ ! -e "$DRYDOCK_STORE/.carried" ]; then
+if [ ! -e "$parts/.carried" ]; then
   python3 "$here/tools/carry.py" unpack "$DRYDOCK_STORE" "$parts"/part-*
-  touch "$DRYDOCK_STORE/.carried"
+  touch "$parts/.carried"
 fi
 cd "$here"
 status=0

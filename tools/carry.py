@@ -6,7 +6,7 @@ together there bit for bit (`unpack`), every file by its hash; `drydock verify -
 other image.
 
     target:  python3 carry.py probe FOLDER... > have.json.gz
-    here:    tools/carry.py pack h100-vllm have.json.gz OUT [--near FOLDER]
+    here:    tools/carry.py pack h100-vllm have.json.gz OUT [--near FOLDER] [--after IMAGE]
     target:  python3 carry.py unpack STORE PART...
 
 `unpack` needs the zstandard module, all else is the standard library, since the target has no drydock yet.
@@ -94,10 +94,11 @@ class Parts(io.RawIOBase):
         super().close()
 
 
-def pack(image: str, have: Path, out: Path, near: Path | None, size: int) -> None:
+def pack(image: str, have: Path, out: Path, near: Path | None, size: int, after: list[str]) -> None:
     """Write the parts of an image that a target lacks.
 
     Parameters:
+        after: images that were put together there before this one, whose layers it has.
         have: what `probe` wrote there.
         near: a folder with files that the target has too, to make differences against (wheels of another
             Python, unpacked, hold nearly the same libraries).
@@ -115,7 +116,8 @@ def pack(image: str, have: Path, out: Path, near: Path | None, size: int) -> Non
     unpack(store, built.layers)
     known: dict[str, str] = json.loads(gzip.decompress(have.read_bytes()))
     sources = _sources(known, near)
-    roots = sorted({folder(store, layer) for layer in built.layers})
+    there = {folder(store, layer) for name in after for layer in read_image(store, name).layers}
+    roots = sorted({folder(store, layer) for layer in built.layers} - there)
     all_files = hashes([path for root in roots for path in files(root)])
     index: list[dict[str, Any]] = []
     with Parts(out, size) as parts, zstandard.ZstdCompressor(level=LEVEL, threads=os.cpu_count() or 1).stream_writer(
@@ -262,6 +264,7 @@ def main() -> None:
     make.add_argument("have", type=Path)
     make.add_argument("out", type=Path)
     make.add_argument("--near", type=Path)
+    make.add_argument("--after", action="append", default=[], metavar="IMAGE")
     make.add_argument("--megabytes", type=int, default=60)
     put = commands.add_parser("unpack")
     put.add_argument("store", type=Path)
@@ -270,7 +273,7 @@ def main() -> None:
     if options.command == "probe":
         probe(options.folders)
     elif options.command == "pack":
-        pack(options.image, options.have, options.out, options.near, options.megabytes * 10**6)
+        pack(options.image, options.have, options.out, options.near, options.megabytes * 10**6, options.after)
     else:
         unpack(options.store, options.parts)
 

@@ -29,6 +29,8 @@ VARIABLE = re.compile(r"(VLLM|SGLANG|VERL)_[A-Z0-9_]+")
 PATH = re.compile(r"/[a-z_]+(/[a-z_]+)*(\\?.*)?")
 REFUSED = "contract: refused"
 """In a comment on a line of ours: it names what must not be there."""
+OWN = re.compile(r"^# contract: ([a-z]+)$", re.MULTILINE)
+"""A comment on a line of its own: the file is that engine's, and nothing in it is another's."""
 
 
 @dataclass(frozen=True, order=True)
@@ -65,7 +67,13 @@ def uses(root: Path, engine: str) -> list[Use]:
             lines = text.splitlines()
             reader = _Reader(str(path.relative_to(root)), packages, engine)
             reader.visit(ast.parse(text))
-            found |= {use for use in reader.found if REFUSED not in lines[use.line - 1]}
+            of = OWN.search(text)
+            found |= {
+                use
+                for use in reader.found
+                if REFUSED not in lines[use.line - 1]
+                and not (use.package == engine and of is not None and of[1] != engine)
+            }
     return sorted(found)
 
 
@@ -105,8 +113,12 @@ class _Reader(ast.NodeVisitor):
     def visit_Assign(self, node: ast.Assign) -> None:
         self._of_engine(node.targets[0].id if isinstance(node.targets[0], ast.Name) else "", node)
 
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        name = node.name.lower()
+        self._of_engine(next((engine for engine in FLAG_FILES if name.startswith(engine)), ""), node)
+
     def _of_engine(self, name: str, node: ast.AST) -> None:
-        """What stands in an engine's own function or constant is that engine's, and looked up for it alone."""
+        """What stands in an engine's own class, function or constant is that engine's, and looked up for it alone."""
         if name.lower() in FLAG_FILES and name.lower() != self.engine:
             return
         outer, self.in_engine = self.in_engine, self.in_engine or name.lower() == self.engine

@@ -1,5 +1,6 @@
 """EPLB in the real server on two GPUs: rearranged under skewed traffic, watched in its workers, broken on purpose."""
 
+# contract: vllm
 from __future__ import annotations
 
 import json

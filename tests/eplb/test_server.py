@@ -1,5 +1,6 @@
 """The trained MoE behind the real vLLM: its accuracy, and that a wrong expert, a stall or a lost method is seen."""
 
+# contract: vllm
 from __future__ import annotations
 
 import json

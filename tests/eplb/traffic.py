@@ -1,5 +1,6 @@
 """Requests to a server: many at once, and streams whose every token has its time."""
 
+# contract: vllm
 from __future__ import annotations
 
 import http.client

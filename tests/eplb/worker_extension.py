@@ -4,6 +4,7 @@ With data parallelism the API returns the first engine's answer only, so every w
 into a folder, a file per rank.
 """
 
+# contract: vllm
 from __future__ import annotations
 
 import hashlib

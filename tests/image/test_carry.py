@@ -41,21 +41,11 @@ def carry(*arguments: object, cwd: Path, store: Store | Path) -> subprocess.Comp
     return subprocess.run(command, cwd=cwd, env=environment(store), capture_output=True, check=False)
 
 
-def packed(project: Project, tiny: Made, machine: Path, out: Path) -> list[Path]:
+def packed(project: Project, tiny: Made, machine: Path, out: Path, *more: str) -> list[Path]:
     have = out.parent / "have.json.gz"
     have.write_bytes(carry("probe", machine, cwd=project.root, store=tiny.store).stdout)
-    done = carry(
-        "pack",
-        "tiny-mini",
-        have,
-        out,
-        "--near",
-        machine,
-        "--megabytes",
-        20,
-        cwd=project.root,
-        store=tiny.store,
-    )
+    arguments = ["pack", "tiny-mini", have, out, "--near", machine, "--megabytes", 20, *more]
+    done = carry(*arguments, cwd=project.root, store=tiny.store)
     assert done.returncode == 0, done.stderr.decode()
     return sorted(out.glob("part-*"))
 
@@ -83,6 +73,21 @@ def test_an_image_is_put_together_bit_for_bit(
     store = Store(tmp_path / "there")
     done = carry("unpack", store.root, *parts, cwd=project.root, store=store)
     assert done.returncode == 0, done.stderr.decode()
+    for layer in tiny.built.layers:
+        same(folder(tiny.store, layer), folder(store, layer))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: owners")
+def test_layers_of_an_image_that_came_before_are_not_sent_again(
+    project: Project, tiny: Made, machine: Path, tmp_path: Path
+) -> None:
+    first = packed(project, tiny, machine, tmp_path / "first")
+    then = packed(project, tiny, machine, tmp_path / "then", "--after", "tiny-mini")
+    assert sum(path.stat().st_size for path in then) < 1 << 20
+    store = Store(tmp_path / "there")
+    for parts in (first, then):
+        done = carry("unpack", store.root, *parts, cwd=project.root, store=store)
+        assert done.returncode == 0, done.stderr.decode()
     for layer in tiny.built.layers:
         same(folder(tiny.store, layer), folder(store, layer))
 

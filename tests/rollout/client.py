@@ -9,30 +9,14 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from drydock.server import Server
-from tiny_models import ALPHABET
+from speech import VOCABULARY, Generation, speech
 
-VOCABULARY = 3 + len(ALPHABET)
-"""Tokens that a tiny model knows; the first three are special."""
+from drydock.server import Server
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One continuation; two are equal when tokens and log-probabilities are the same to the last bit."""
-
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    text: str
-    log_probs: tuple[tuple[float, ...], ...]
-    """For each of `tokens`, of the whole vocabulary, in nats."""
-    finish_reason: str
-    stop_reason: str | int | None
 
 
 def random_prompt(length: int, seed: int) -> tuple[int, ...]:
@@ -42,44 +26,8 @@ def random_prompt(length: int, seed: int) -> tuple[int, ...]:
 
 
 def generate(server: Server, prompt: tuple[int, ...], max_tokens: int, **options: Any) -> list[Generation]:
-    """One request to `/v1/completions`; a list of `n` continuations, greedy unless told otherwise."""
-    answer = server.request(
-        "/v1/completions",
-        {
-            "model": server.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "logprobs": VOCABULARY,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-            **options,
-        },
-        timeout=600,
-    )
-    return [
-        Generation(
-            prompt=tuple(choice["prompt_token_ids"]),
-            tokens=tuple(choice["token_ids"]),
-            text=choice["text"],
-            log_probs=tuple(
-                tuple(row[f"token_id:{token}"] for token in range(VOCABULARY))
-                for row in choice["logprobs"]["top_logprobs"]
-            ),
-            finish_reason=choice["finish_reason"],
-            stop_reason=choice["stop_reason"],
-        )
-        for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
-    ]
-
-
-def prefill(server: Server, tokens: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
-    """Log-probabilities of the whole vocabulary for every token but the first, computed as a prompt."""
-    body = {"model": server.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": VOCABULARY}
-    rows = server.request("/v1/completions", body, timeout=600)["choices"][0]["prompt_logprobs"]
-    assert rows[0] is None, "the first token has nothing before it"
-    return tuple(tuple(row[str(token)]["logprob"] for token in range(VOCABULARY)) for row in rows[1:])
+    """A list of `n` continuations, greedy unless told otherwise; options as OpenAI's API calls them."""
+    return speech(server).generate(server, prompt, max_tokens, **options)
 
 
 def at_once(call: Callable[[Argument], Result], arguments: Iterable[Argument]) -> list[Result]:
@@ -100,26 +48,16 @@ def begin(call: Callable[[Argument], Result], arguments: Iterable[Argument]) -> 
 @contextlib.contextmanager
 def frozen(server: Server) -> Iterator[None]:
     """No request goes on within the block, and new ones wait: so it does not depend on who is faster."""
-    server.request("/pause?mode=keep", {})
-    try:
+    with speech(server).frozen(server):
         yield
-    finally:
-        server.request("/resume", {})
 
 
 def wait_for_load(server: Server, requests: int, seconds: float = 30) -> None:
     """Wait until the server has so many requests that are not answered."""
     deadline = time.monotonic() + seconds
-    while (found := server.request("/load")["server_load"]) != requests:
+    while (found := speech(server).unanswered(server)) != requests:
         assert time.monotonic() < deadline, f"it has {found} requests after {seconds} s, not {requests}"
         time.sleep(0.02)
-
-
-def metric(server: Server, name: str) -> float:
-    """The sum of a Prometheus metric over its labels."""
-    lines = [line for line in server.request("/metrics").splitlines() if line.startswith(f"{name}{{")]
-    assert lines, f"/metrics has no {name}"
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
 def post(server: Server, body: bytes) -> tuple[int, str]:

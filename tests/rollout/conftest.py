@@ -12,19 +12,24 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from client import VOCABULARY
-from reference import KINDS, Kind, Reference, Scored, score
+from reference import KINDS, Kind, Reference, Scored, kind_for, score
+from speech import SPEECHES, Speech
 
-from drydock.server import VLLM, Server
-from tiny_models import EXACT
+from drydock.server import Server
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How the tier starts vLLM, whatever the model."""
+    """How the tier starts the image's engine, whatever the model."""
 
+    words: Speech
     flags: list[str]
     environment: dict[str, str]
+
+    def server(self, folder: Path, kind: Kind, log: Path, *more: str) -> Server:
+        """The engine's server of a model; `more` are flags."""
+        flags = ["--dtype", kind.dtype, *self.flags, *more]
+        return Server(self.words.engine, folder, flags, log=log, environment=self.environment)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +48,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
-        if "launch" in fixtures:
-            item.add_marker(pytest.mark.engine("vllm"))
         if "served" in fixtures:
             item.add_marker(pytest.mark.serves)
 
@@ -60,36 +63,31 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def launch(profile: Mapping[str, Any]) -> Launch:
-    flags = [
-        "--max-model-len", str(profile["max_model_len"]),
-        "--max-num-seqs", str(profile["max_num_seqs"]),
-        "--max-num-batched-tokens", str(profile["max_num_batched_tokens"]),
-        "--max-logprobs", str(VOCABULARY),
-        "--enable-server-load-tracking",
-    ]  # fmt: skip
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_SERVER_DEV_MODE": "1",
-        **EXACT,
-    }
+def engine(request: pytest.FixtureRequest) -> str:
+    """The name of the image's engine."""
+    return request.config.getoption("engine") or "vllm"
+
+
+@pytest.fixture(scope="session")
+def launch(engine: str, profile: Mapping[str, Any]) -> Launch:
+    words = SPEECHES[engine]
+    environment = dict(words.environment)
     if not profile["compile"]:
-        flags.append("--enforce-eager")
         environment["TORCH_COMPILE_DISABLE"] = "1"
-    return Launch(flags=flags, environment=environment)
+    return Launch(words=words, flags=words.flags(profile), environment=environment)
 
 
 @pytest.fixture(scope="session", params=list(KINDS))
 def served(
-    request: pytest.FixtureRequest, launch: Launch, results: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    engine: str,
+    launch: Launch,
+    results: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
-    kind = KINDS[request.param]
+    kind = kind_for(request.param, engine)
     folder = kind.make(tmp_path_factory.mktemp(request.param), 0)
-    flags = ["--dtype", kind.dtype, *launch.flags]
-    log = results / f"vllm-{request.param}.log"
-    with Server(VLLM, folder, flags, log=log, environment=launch.environment) as server:
+    with launch.server(folder, kind, results / f"{engine}-{request.param}.log") as server:
         yield Served(server=server, folder=folder, kind=kind)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from client import VOCABULARY, at_once
+from client import at_once
 from conftest import Launch, Served
 
-from drydock.server import VLLM, FlagError
+from drydock.server import FlagError
 
 
 def test_what_the_parser_does_not_know_is_refused(launch: Launch) -> None:
@@ -18,7 +18,7 @@ def test_what_the_parser_does_not_know_is_refused(launch: Launch) -> None:
     def words(wrong: tuple[str, str]) -> str:
         # The parser's own flags are in order, or it would complain about them.
         with pytest.raises(FlagError) as refusal:
-            VLLM.parse([*launch.flags, *wrong])
+            launch.words.engine.parse([*launch.flags, *wrong])
         return str(refusal.value)
 
     flag, value = at_once(words, [("--no-such-flag", "1"), ("--dtype", "float12")])  # contract: refused
@@ -27,10 +27,12 @@ def test_what_the_parser_does_not_know_is_refused(launch: Launch) -> None:
     assert "float12" in value
 
 
-def test_our_flags_arrive_as_they_were_meant(served: Served, profile: Mapping[str, Any]) -> None:
+def test_our_flags_arrive_as_they_were_meant(
+    served: Served, launch: Launch, profile: Mapping[str, Any]
+) -> None:
     accepted = served.server.accepted
     assert accepted["dtype"] == served.kind.dtype
-    assert accepted["enforce_eager"] is not profile["compile"]
-    assert accepted["max_logprobs"] == VOCABULARY
-    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
-        assert accepted[name] == profile[name]
+    for name, value in launch.words.accepted(profile).items():
+        assert accepted[name] == value
+    for name, theirs in launch.words.names.items():
+        assert accepted[theirs] == profile[name]

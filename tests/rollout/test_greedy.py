@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from client import Generation, begin, frozen, generate, metric, random_prompt, wait_for_load
+from client import begin, frozen, generate, random_prompt, wait_for_load
 from reference import Reference, compare, scored
+from speech import Generation, speech
 
 from drydock.server import Server
 
@@ -35,12 +36,12 @@ def test_many_at_once(server: Server, reference: Reference, profile: Mapping[str
     count, new_tokens = profile["concurrent"], profile["new_tokens"]
     prompts = [random_prompt(3 + 7 * number % 90, seed=200 + number) for number in range(count)]
     alone = [generate(server, prompt, new_tokens)[0] for prompt in prompts]
-    before = metric(server, "vllm:iteration_tokens_total_count")
+    before = speech(server).steps(server)
     with frozen(server):
         answers = begin(lambda prompt: generate(server, prompt, new_tokens), prompts)
         wait_for_load(server, count)
     together = [answer.result()[0] for answer in answers]
-    steps = metric(server, "vllm:iteration_tokens_total_count") - before
+    steps = speech(server).steps(server) - before
 
     assert steps < count * new_tokens / 2, "they were not computed together"
     assert [found.prompt for found in together] == prompts
@@ -58,8 +59,8 @@ def test_a_cached_prefix(server: Server, reference: Reference, profile: Mapping[
     """A prompt of more than one cache block, whose blocks come from the cache the second time."""
     prompt = random_prompt(max(profile["prompt_lengths"]), seed=300)
     found = generate(server, prompt, profile["new_tokens"])
-    before = metric(server, "vllm:prefix_cache_hits_total")
+    before = speech(server).cached(server)
     found += generate(server, prompt, profile["new_tokens"])
-    assert metric(server, "vllm:prefix_cache_hits_total") > before, "nothing came from the cache"
+    assert speech(server).cached(server) > before, "nothing came from the cache"
     # In chunks of another size, so not to the last bit: 4032 tokens in float32 were seen to differ.
     assert compare(reference, [scored(generation) for generation in found]).beyond == []

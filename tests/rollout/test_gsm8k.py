@@ -13,7 +13,7 @@ import pytest
 from client import at_once
 from conftest import Launch
 
-from drydock.server import VLLM, Server
+from drydock.server import Server
 
 EXAMPLES = 5
 """Worked examples before each question, from the head of the file; they are not asked."""
@@ -95,12 +95,14 @@ def test_a_prompt_shows_how_to_answer(tmp_path: Path) -> None:
 def test_accuracy(
     request: pytest.FixtureRequest, launch: Launch, profile: Mapping[str, Any], results: Path, record: Any
 ) -> None:
+    words = launch.words
     model, data = (Path(request.config.getoption(f"--gsm8k-{name}")) for name in ("model", "data"))
     problems = gsm8k.read(data)
     examples, asked = problems[:EXAMPLES], problems[EXAMPLES:][: profile["gsm8k_questions"]]
     assert len(asked) >= profile["gsm8k_questions"] - EXAMPLES, f"{data} has {len(problems)} problems only"
-    flags = ["--max-model-len", "2048"]
-    with Server(VLLM, model, flags, log=results / "vllm-gsm8k.log", environment=launch.environment) as server:
+    flags = [words.length, "2048"]
+    log = results / f"{words.engine.name.lower()}-gsm8k.log"
+    with Server(words.engine, model, flags, log=log, environment=launch.environment) as server:
 
         def solve(problem: gsm8k.Problem) -> str:
             text = gsm8k.prompt(examples, problem.question)

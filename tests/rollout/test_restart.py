@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 from client import generate, random_prompt
 from conftest import Launch
-from reference import DENSE, Reference, compare, scored
-
-from drydock.server import VLLM, Server
+from reference import Reference, compare, kind_for, scored
 
 
 def left_behind() -> dict[str, Any]:
@@ -27,15 +25,14 @@ def left_behind() -> dict[str, Any]:
 @pytest.mark.serves
 @pytest.mark.full("five starts of a server take minutes")
 def test_every_start_is_like_the_first(
-    launch: Launch, profile: Mapping[str, Any], results: Path, tmp_path: Path, record: Any
+    engine: str, launch: Launch, profile: Mapping[str, Any], results: Path, tmp_path: Path, record: Any
 ) -> None:
-    folder = DENSE.make(tmp_path, 0)
+    kind = kind_for("dense", engine)
+    folder = kind.make(tmp_path, 0)
     shared = left_behind()["shared"]
-    flags = ["--dtype", DENSE.dtype, *launch.flags]
     found, seconds, left = [], [], []
     for number in range(profile["starts"]):
-        log = results / f"vllm-start-{number + 1}.log"
-        with Server(VLLM, folder, flags, log=log, environment=launch.environment) as server:
+        with launch.server(folder, kind, results / f"{engine}-start-{number + 1}.log") as server:
             found.append(generate(server, random_prompt(20, seed=800), profile["new_tokens"]))
             assert server.stop() == {}, f"start {number + 1} had to be killed"
         assert server.survivors() == {}
@@ -45,7 +42,7 @@ def test_every_start_is_like_the_first(
                       "x_label": "start", "y_label": "s", "threshold": None})  # fmt: skip
     # Not the same bits: a first start compiles what the others find compiled, and kernels are chosen by their time.
     record("the_same_bits_as_first", sum(answer == found[0] for answer in found) / len(found))
-    assert compare(Reference(folder, DENSE), [scored(answer) for (answer,) in found]).beyond == []
+    assert compare(Reference(folder, kind), [scored(answer) for (answer,) in found]).beyond == []
     assert left[0]["shared"] == shared
     # The first start may fill caches that the others use; after it nothing may come to what is there.
     assert left == left[:1] * profile["starts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,7 @@ import pytest
 import torch
 from client import generate, random_prompt
 from conftest import Launch
-from reference import DENSE
-
-from drydock.server import VLLM, Server
+from reference import kind_for
 
 CACHE = 8 << 30
 """Bytes of the KV cache: what must come back, at least."""
@@ -26,41 +25,35 @@ def free() -> int:
 @pytest.mark.full("a tiny model on a CPU has no memory to give back")
 @pytest.mark.needs(gpus=1)
 def test_memory_comes_back_and_so_does_the_server(
-    launch: Launch, profile: Mapping[str, Any], results: Path, tmp_path: Path, record: Any
+    engine: str, launch: Launch, profile: Mapping[str, Any], results: Path, tmp_path: Path, record: Any
 ) -> None:
-    folder = DENSE.make(tmp_path, 0)
-    flags = ["--dtype", DENSE.dtype, "--enable-sleep-mode", "--kv-cache-memory-bytes", str(CACHE)]
+    kind, words = kind_for("dense", engine), launch.words
+    folder = kind.make(tmp_path, 0)
+    config = json.loads((folder / "config.json").read_text())
+    numbers = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    flags = words.sleep_flags(CACHE, numbers * getattr(torch, kind.dtype).itemsize)
     prompt = random_prompt(20, seed=900)
     # Before the server, so that what this process takes of the accelerator is not counted as the server's.
     free()
-    log = results / "vllm-sleep.log"
-    with Server(VLLM, folder, [*launch.flags, *flags], log=log, environment=launch.environment) as server:
+    with launch.server(folder, kind, results / f"{engine}-sleep.log", *flags) as server:
 
         def answer() -> Any:
             return generate(server, prompt, profile["new_tokens"])
 
-        def sleeping() -> bool:
-            return server.request("/is_sleeping")["is_sleeping"]
-
         awake, first = free(), answer()
-        assert not sleeping()
-
-        # Level 1 keeps the weights in the host's memory.
-        server.request("/sleep?level=1", {})
-        assert sleeping()
+        words.sleep(server, forget=False)
         record("given_back_bytes", free() - awake)
         assert free() - awake >= CACHE
-        server.request("/wake_up", {})
-        assert not sleeping()
+        words.wake(server)
         assert answer() == first
 
-        # Level 2 forgets them: a trainer that shares the accelerator sends new ones, before the cache comes back.
-        server.request("/sleep?level=2", {})
+        # A trainer that shares the accelerator sends new weights, before the cache comes back.
+        words.sleep(server, forget=True)
         asleep = free()
         assert asleep - awake >= CACHE
-        server.request("/wake_up?tags=weights", {})
+        words.wake(server, "weights")
         server.reload_weights()
         assert asleep - free() < CACHE, "the cache came back with the weights"
-        server.request("/wake_up?tags=kv_cache", {})
+        words.wake(server, "cache")
         assert answer() == first
         assert asleep - free() >= CACHE, "it answers without a cache?"

@@ -4,6 +4,7 @@ What may pass for learning is ruled out by measurement: the untrained model, the
 form, the best constant answer, and the same loop with the same rewards given to the wrong rollouts.
 """
 
+# contract: vllm
 from __future__ import annotations
 
 import copy

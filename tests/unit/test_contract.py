@@ -134,6 +134,15 @@ LAUNCHER = ["--option-of-a-program"]
     assert found == ["src/drydock/server/engines.py:5: vllm 1.0 has no flag --gone"]
 
 
+def test_an_engine_s_own_class_and_file_are_looked_up_for_it_alone(engine: Wheel, tmp_path: Path) -> None:
+    body = "    def flags(self, server):\n        server.request('/nowhere')\n        return ['--no-such']\n"
+    for text in (f"class SglangWords:\n{body}", f"# contract: sglang\nclass Words:\n{body}"):
+        assert check(used(tmp_path, text), {"vllm": engine}) == []
+    for text in (f"class VllmWords:\n{body}", f"# contract: vllm\nclass Words:\n{body}"):
+        missing = check(used(tmp_path, text), {"vllm": engine})
+        assert sorted(line.rpartition(" ")[2] for line in missing) == ["--no-such", "/nowhere"]
+
+
 def test_a_package_that_the_image_lacks_is_one_line(engine: Wheel, tmp_path: Path) -> None:
     with pytest.raises(DrydockError, match="uses verl, which the image does not have"):
         check(used(tmp_path, "import verl.trainer"), {"vllm": engine})

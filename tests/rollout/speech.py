@@ -1,0 +1,347 @@
+"""What the tier asks of an engine's server, in that engine's own words: vLLM's and SGLang's.
+
+A test asks for a generation, a prefill or the number of steps; each engine has another endpoint, or a log line, for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from drydock.server import SGLANG, VLLM, Engine, Server
+from tiny_models import ALPHABET, EXACT
+
+VOCABULARY = 3 + len(ALPHABET)
+"""Tokens that a tiny model knows; the first three are special."""
+LONGEST = 600
+"""Seconds that one request may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One continuation; two are equal when tokens and log-probabilities are the same to the last bit."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    text: str
+    log_probs: tuple[tuple[float, ...], ...]
+    """For each of `tokens`, of the whole vocabulary, in nats."""
+    finish_reason: str
+    stop_reason: str | int | None
+
+
+Rows = tuple[tuple[float, ...], ...]
+
+
+class Speech(Protocol):
+    """One engine's words.
+
+    `environment` is its servers'; `names` is what its parser calls a parameter of the profile.
+    """
+
+    engine: Engine
+    environment: Mapping[str, str]
+    names: Mapping[str, str]
+    length: str
+    """The flag for the longest context."""
+    over_length: str
+    """What a refusal of too long a request says, as a regular expression."""
+    aborts_while_frozen: bool
+    """Whether a request whose client left is gone from a frozen server, or when it goes on."""
+
+    def flags(self, profile: Mapping[str, Any]) -> list[str]:
+        """For a server that the tier's tests share; the type is added."""
+
+    def accepted(self, profile: Mapping[str, Any]) -> dict[str, Any]:
+        """What its parser must have made of those flags."""
+
+    def generate(
+        self, server: Server, prompt: Sequence[int], max_tokens: int, *, n: int = 1, seed: int | None = None,
+        **options: Any,
+    ) -> list[Generation]: ...  # fmt: skip
+
+    def prefill(self, server: Server, tokens: Sequence[int]) -> Rows:
+        """Log-probabilities of the whole vocabulary for every token but the first, computed as a prompt."""
+
+    def frozen(self, server: Server) -> contextlib.AbstractContextManager[None]: ...
+
+    def unanswered(self, server: Server) -> int:
+        """Requests that it has and has not answered."""
+
+    def busy(self, server: Server) -> bool:
+        """Whether it computes anything."""
+
+    def steps(self, server: Server) -> float:
+        """How many steps it has made since it was started."""
+
+    def made(self, server: Server) -> float:
+        """How many tokens it has made since it was started, whoever reads them."""
+
+    def cached(self, server: Server) -> float:
+        """How many tokens of prompts came from the cache since it was started."""
+
+    def sleep_flags(self, cache: int, token: int) -> list[str]:
+        """For a server that can sleep, whose cache has so many bytes; `token` is one token's."""
+
+    def sleep(self, server: Server, *, forget: bool) -> None:
+        """Give the accelerator's memory back; the weights stay in the host's memory or are forgotten."""
+
+    def wake(self, server: Server, what: Literal["weights", "cache"] | None = None) -> None:
+        """Take the memory again: all of it, or one part."""
+
+
+def metric(server: Server, name: str) -> float:
+    """The sum of a Prometheus metric over its labels."""
+    lines = [line for line in server.request("/metrics").splitlines() if line.startswith(f"{name}{{")]
+    assert lines, f"/metrics has no {name}"
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+class VllmSpeech:
+    """vLLM 0.24: OpenAI's API with token ids, and the endpoints that VLLM_SERVER_DEV_MODE opens."""
+
+    engine = VLLM
+    environment: ClassVar = {
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+        **VLLM.development, **EXACT,
+    }  # fmt: skip
+    names: ClassVar = {name: name for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens")}
+    length = "--max-model-len"
+    over_length = r"HTTP 400.*maximum context length"
+    aborts_while_frozen = True
+
+    def flags(self, profile: Mapping[str, Any]) -> list[str]:
+        return [
+            "--max-model-len", str(profile["max_model_len"]),
+            "--max-num-seqs", str(profile["max_num_seqs"]),
+            "--max-num-batched-tokens", str(profile["max_num_batched_tokens"]),
+            "--max-logprobs", str(VOCABULARY),
+            "--enable-server-load-tracking",
+            *([] if profile["compile"] else ["--enforce-eager"]),
+        ]  # fmt: skip
+
+    def accepted(self, profile: Mapping[str, Any]) -> dict[str, Any]:
+        return {"enforce_eager": not profile["compile"], "max_logprobs": VOCABULARY}
+
+    def generate(
+        self, server: Server, prompt: Sequence[int], max_tokens: int, *, n: int = 1, seed: int | None = None,
+        **options: Any,
+    ) -> list[Generation]:  # fmt: skip
+        # vLLM gives sample i of a request the seed + i.
+        answer = server.request(
+            "/v1/completions",
+            {
+                "model": server.model, "prompt": prompt, "max_tokens": max_tokens, "n": n, "seed": seed,
+                "temperature": 0.0, "ignore_eos": True, "logprobs": VOCABULARY,
+                "return_token_ids": True, "return_tokens_as_token_ids": True, **options,
+            },
+            timeout=LONGEST,
+        )  # fmt: skip
+        return [
+            Generation(
+                prompt=tuple(choice["prompt_token_ids"]),
+                tokens=tuple(choice["token_ids"]),
+                text=choice["text"],
+                log_probs=tuple(
+                    tuple(row[f"token_id:{token}"] for token in range(VOCABULARY))
+                    for row in choice["logprobs"]["top_logprobs"]
+                ),
+                finish_reason=choice["finish_reason"],
+                stop_reason=choice["stop_reason"],
+            )
+            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
+        ]
+
+    def prefill(self, server: Server, tokens: Sequence[int]) -> Rows:
+        body = {"model": server.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": VOCABULARY}
+        rows = server.request("/v1/completions", body, timeout=LONGEST)["choices"][0]["prompt_logprobs"]
+        assert rows[0] is None, "the first token has nothing before it"
+        return tuple(tuple(row[str(token)]["logprob"] for token in range(VOCABULARY)) for row in rows[1:])
+
+    @contextlib.contextmanager
+    def frozen(self, server: Server) -> Iterator[None]:
+        server.request("/pause?mode=keep", {})
+        try:
+            yield
+        finally:
+            server.request("/resume", {})
+
+    def unanswered(self, server: Server) -> int:
+        return int(server.request("/load")["server_load"])
+
+    def busy(self, server: Server) -> bool:
+        return bool(
+            metric(server, "vllm:num_requests_running") or metric(server, "vllm:num_requests_waiting")
+        )
+
+    def steps(self, server: Server) -> float:
+        return metric(server, "vllm:iteration_tokens_total_count")
+
+    def made(self, server: Server) -> float:
+        return metric(server, "vllm:generation_tokens_total")
+
+    def cached(self, server: Server) -> float:
+        return metric(server, "vllm:prefix_cache_hits_total")
+
+    def sleep_flags(self, cache: int, token: int) -> list[str]:  # noqa: ARG002, SGLang counts in tokens
+        return ["--enable-sleep-mode", "--kv-cache-memory-bytes", str(cache)]
+
+    def sleep(self, server: Server, *, forget: bool) -> None:
+        assert not self._sleeping(server)
+        # Level 1 keeps the weights in the host's memory, 2 forgets them.
+        server.request(f"/sleep?level={2 if forget else 1}", {})
+        assert self._sleeping(server)
+
+    def wake(self, server: Server, what: Literal["weights", "cache"] | None = None) -> None:
+        tags = {"weights": "?tags=weights", "cache": "?tags=kv_cache", None: ""}
+        server.request(f"/wake_up{tags[what]}", {})
+        assert self._sleeping(server) is (what == "weights")
+
+    def _sleeping(self, server: Server) -> bool:
+        found: bool = server.request("/is_sleeping")["is_sleeping"]
+        return found
+
+
+class SglangSpeech:
+    """SGLang 0.5.14: its own `/generate`, and its scheduler's log, which has a line for every step when asked to."""
+
+    engine = SGLANG
+    environment: ClassVar = {
+        "HF_HUB_OFFLINE": "1",
+        # A sample's log-probability is the model's own, as vLLM's is; SGLang's default is after the temperature.
+        "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+        **EXACT,
+    }
+    names: ClassVar = {
+        "max_model_len": "context_length", "max_num_seqs": "max_running_requests",
+        "max_num_batched_tokens": "chunked_prefill_size",
+    }  # fmt: skip
+    length = "--context-length"
+    over_length = r"HTTP 400.*context length"
+    # The scheduler ends an aborted request with its next step.
+    aborts_while_frozen = False
+
+    def flags(self, profile: Mapping[str, Any]) -> list[str]:
+        return [
+            "--context-length", str(profile["max_model_len"]),
+            "--max-running-requests", str(profile["max_num_seqs"]),
+            "--chunked-prefill-size", str(profile["max_num_batched_tokens"]),
+            # Without it a seed is not looked at.
+            "--enable-deterministic-inference",
+            "--enable-metrics",
+            "--decode-log-interval", "1",
+            "--mem-fraction-static", "0.3",
+            *([] if profile["compile"] else ["--disable-cuda-graph"]),
+        ]  # fmt: skip
+
+    def accepted(self, profile: Mapping[str, Any]) -> dict[str, Any]:
+        return {"disable_cuda_graph": not profile["compile"], "enable_deterministic_inference": True}
+
+    def generate(
+        self, server: Server, prompt: Sequence[int], max_tokens: int, *, n: int = 1, seed: int | None = None,
+        **options: Any,
+    ) -> list[Generation]:  # fmt: skip
+        sampling = {"max_new_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, **options}
+        # A seed is all samples' of a request, which would then be one sample n times: each gets a request of its own.
+        answers = server.request(
+            "/generate",
+            {
+                "input_ids": [list(prompt)] * n,
+                "sampling_params": [
+                    {**sampling, **({} if seed is None else {"sampling_seed": seed + number})} for number in range(n)
+                ],
+                "return_logprob": True, "top_logprobs_num": VOCABULARY, "logprob_start_len": -1,
+            },
+            timeout=LONGEST,
+        )  # fmt: skip
+        return [self._generation(prompt, answer) for answer in answers]
+
+    def _generation(self, prompt: Sequence[int], answer: Mapping[str, Any]) -> Generation:
+        meta = answer["meta_info"]
+        assert meta["prompt_tokens"] == len(prompt)
+        reason = meta["finish_reason"]
+        return Generation(
+            prompt=tuple(prompt),
+            tokens=tuple(answer["output_ids"]),
+            text=answer["text"],
+            log_probs=_whole_rows(meta["output_top_logprobs"]),
+            finish_reason=reason["type"],
+            stop_reason=reason.get("matched"),
+        )
+
+    def prefill(self, server: Server, tokens: Sequence[int]) -> Rows:
+        answer = server.request(
+            "/generate",
+            {
+                "input_ids": list(tokens), "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+                "return_logprob": True, "top_logprobs_num": VOCABULARY, "logprob_start_len": 0,
+            },
+            timeout=LONGEST,
+        )  # fmt: skip
+        rows = answer["meta_info"]["input_top_logprobs"]
+        assert rows[0] is None, "the first token has nothing before it"
+        return _whole_rows(rows[1:])
+
+    @contextlib.contextmanager
+    def frozen(self, server: Server) -> Iterator[None]:
+        server.request("/pause_generation", {"mode": "in_place"})
+        try:
+            yield
+        finally:
+            server.request("/continue_generation", {})
+
+    def unanswered(self, server: Server) -> int:
+        return sum(int(rank["num_reqs"]) for rank in server.request("/get_load"))
+
+    def busy(self, server: Server) -> bool:
+        return self.unanswered(server) > 0
+
+    def steps(self, server: Server) -> float:
+        return len(_BATCH.findall(server.log.read_text(errors="replace")))
+
+    def made(self, server: Server) -> float:
+        return sum(int(found) for found in _RUNNING.findall(server.log.read_text(errors="replace")))
+
+    def cached(self, server: Server) -> float:
+        return metric(server, "sglang:cached_tokens_total")
+
+    def sleep_flags(self, cache: int, token: int) -> list[str]:
+        # The weights' copy in the host's memory is made whenever they are let go.
+        return [
+            "--enable-memory-saver",
+            "--enable-weights-cpu-backup",
+            "--max-total-tokens",
+            str(cache // token),
+        ]
+
+    def sleep(self, server: Server, *, forget: bool) -> None:  # noqa: ARG002, see sleep_flags
+        server.request("/release_memory_occupation", {})
+
+    def wake(self, server: Server, what: Literal["weights", "cache"] | None = None) -> None:
+        tags = {"weights": ["weights"], "cache": ["kv_cache", "cuda_graph"]}
+        server.request("/resume_memory_occupation", {"tags": tags[what]} if what else {})
+
+
+_BATCH = re.compile(r"\b(?:Decode|Prefill) batch\b")
+_RUNNING = re.compile(r"\bDecode batch\b.*?#running-req: (\d+)")
+
+
+def _whole_rows(rows: Sequence[Sequence[Sequence[Any]]]) -> Rows:
+    """Rows of [log-probability, token, text] in the order of tokens."""
+    found = []
+    for row in rows:
+        known = {token: log_prob for log_prob, token, *_ in row}
+        found.append(tuple(known[token] for token in range(VOCABULARY)))
+    return tuple(found)
+
+
+SPEECHES: dict[str, Speech] = {"vllm": VllmSpeech(), "sglang": SglangSpeech()}
+"""The engine's name in an image's -> its words."""
+
+
+def speech(server: Server) -> Speech:
+    """The words of a server's engine."""
+    return next(each for each in SPEECHES.values() if each.engine is server.engine)
