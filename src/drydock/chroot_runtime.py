@@ -41,7 +41,7 @@ class ChrootRuntime:
         check_architecture(built, platform.machine())
         if missing(store, built.layers):
             # Before minutes of unpacking, see whether it can be entered at all.
-            _run(store, Entry())
+            try_namespaces(store)
             unpack(store, built.layers)
 
     def run(self, store: Store, built: Built, task: Task) -> int:
@@ -68,6 +68,15 @@ class ChrootRuntime:
             drivers=task.gpus,
         )
         return _run(store, entry)
+
+
+def try_namespaces(store: Store) -> None:
+    """Make namespaces and end.
+
+    Raises:
+        DrydockError: this user or kernel cannot.
+    """
+    _run(store, Entry())
 
 
 def _run(store: Store, entry: Entry) -> int:

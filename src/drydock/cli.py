@@ -336,6 +336,30 @@ def contract(
         raise CheckFailed(f"{image.name}: {len(missing)} of {len(used)} uses are not there")
 
 
+@app.command()
+def doctor(
+    offline: Annotated[bool, typer.Option("--offline", help="leave out what asks a network")] = False,
+    as_json: Json = False,
+) -> None:
+    """What this machine can do for drydock, and what to do about what it cannot."""
+    from dataclasses import asdict
+
+    from drydock.doctor import examine, verdict
+
+    findings = []
+    for finding in examine(open_store(project_root()), os.environ, offline=offline):
+        findings.append(finding)
+        if not as_json:
+            print(f"{finding.state:<8} {finding.what}: {finding.detail}", flush=True)
+            if finding.advice:
+                print(f"{'':<8} -> {finding.advice}", flush=True)
+    why = verdict(findings)
+    if as_json:
+        _say({"ok": why is None, "findings": [asdict(finding) for finding in findings]})
+    if why:
+        raise CheckFailed(why)
+
+
 @app.command("diff")
 def diff_images(
     old: Annotated[str, typer.Argument(metavar="IMAGE[@REVISION]", help="an image, or its lock in git then")],

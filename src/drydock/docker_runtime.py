@@ -9,9 +9,9 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import docker
 from docker.errors import APIError, DockerException, ImageNotFound
@@ -40,6 +40,15 @@ GRACE_SECONDS = 10
 """From SIGTERM to SIGKILL when drydock is told to end."""
 
 
+def engine_facts() -> tuple[str, bool]:
+    """The Docker engine's version, and whether it keeps images in the containerd store.
+
+    Raises:
+        DrydockError: no engine answers.
+    """
+    return DockerRuntime().facts()
+
+
 class DockerRuntime:
     """Runs images in the engine that DOCKER_HOST names, or the one on the default socket.
 
@@ -60,6 +69,11 @@ class DockerRuntime:
             ) from error
         # The engine unpacks a loaded image before it answers, and a command may be silent for hours.
         self._client.api.timeout = None  # type: ignore[assignment]  # what requests takes for "no limit"
+
+    def facts(self) -> tuple[str, bool]:
+        """The engine's version, and whether it keeps images in the containerd store."""
+        about = self._client.info()
+        return str(about["ServerVersion"]), _containerd(about)
 
     def prepare(self, store: Store, built: Built) -> None:
         """Load the image, unless the engine holds this very one."""
@@ -96,8 +110,7 @@ class DockerRuntime:
             raise DrydockError(self._refusal(built, "what it holds afterwards is another image"))
 
     def _refusal(self, built: Built, reason: str) -> str:
-        status = dict(self._client.info().get("DriverStatus") or [])
-        if "containerd" in status.get("driver-type", ""):
+        if _containerd(self._client.info()):
             return f"Docker did not take {built.reference} ({reason}): free its disk or use --runtime chroot"
         return (
             f"Docker's classic image store did not take {built.reference} ({reason}): set "
@@ -249,3 +262,7 @@ def _reason(error: Exception) -> str:
     """An error of the SDK's in one line."""
     text = str(error.explanation if isinstance(error, APIError) and error.explanation else error)
     return " ".join(text.split()).removeprefix("Error while fetching server API version: ")
+
+
+def _containerd(about: Mapping[str, Any]) -> bool:
+    return "containerd" in dict(about.get("DriverStatus") or []).get("driver-type", "")

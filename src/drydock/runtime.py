@@ -134,19 +134,27 @@ def check_architecture(built: Built, machine: str) -> None:
     Raises:
         DrydockError: another architecture, and the kernel has no emulator that works in a chroot.
     """
-    wanted = MACHINES[cast(Architecture, built.architecture)]
-    if machine == wanted:
+    if runs(cast(Architecture, built.architecture), machine):
         return
+    wanted = MACHINES[cast(Architecture, built.architecture)]
+    raise DrydockError(
+        f"{built.name} is for {wanted} and this machine is {machine}: run it on {wanted}, "
+        f"or register qemu-{wanted} with binfmt_misc (flag F)"
+    )
+
+
+def runs(architecture: Architecture, machine: str) -> bool:
+    """Whether a machine (`x86_64`, `aarch64`) executes programs of an architecture, itself or by emulation."""
+    wanted = MACHINES[architecture]
+    if machine == wanted:
+        return True
     entry = Path("/proc/sys/fs/binfmt_misc") / f"qemu-{wanted}"
     with contextlib.suppress(OSError):
         for line in entry.read_text().splitlines():
             # F: the kernel opened the emulator when it was registered, so no image needs to hold it.
             if line.startswith("flags:") and "F" in line.partition(":")[2]:
-                return
-    raise DrydockError(
-        f"{built.name} is for {wanted} and this machine is {machine}: run it on {wanted}, "
-        f"or register qemu-{wanted} with binfmt_misc (flag F)"
-    )
+                return True
+    return False
 
 
 @contextlib.contextmanager

@@ -1,0 +1,152 @@
+"""`drydock doctor` says what is here by trying it, and what to do about what is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from index_server import IndexServer
+
+from drydock import doctor
+from drydock.doctor import Finding, examine, verdict
+from drydock.errors import DrydockError
+from drydock.store import Store
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **changes: Any) -> dict[str, Finding]:
+    """What is found, offline, with some of the module's functions replaced."""
+    for name, value in changes.items():
+        monkeypatch.setattr(name.replace("__", "."), value)
+    return {finding.what: finding for finding in examine(Store(tmp_path), {}, offline=True)}
+
+
+class Usage(NamedTuple):
+    free: float
+
+
+@pytest.mark.parametrize(("free", "state"), [(1e9, "missing"), (20e9, "limited"), (100e9, "ok")])
+def test_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, state: str) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free))
+    found = look(monkeypatch, tmp_path / "not/there/yet")
+    assert found["disk"].state == state
+    assert bool(found["disk"].advice) is (state != "ok")
+    assert (verdict(list(found.values())) or "").startswith("disk: 1.00 GB free") is (state == "missing")
+
+
+def no_docker() -> tuple[str, bool]:
+    raise DrydockError(
+        "no Docker engine answers (refused): start one, set DOCKER_HOST, or use --runtime chroot"
+    )
+
+
+def no_namespaces(_: Store) -> None:
+    raise DrydockError("root may not make namespaces here")
+
+
+def test_without_any_runtime_there_is_no_main_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("drydock.docker_runtime.engine_facts", no_docker)
+    found = look(monkeypatch, tmp_path)
+    assert found["Docker"].state == "missing"
+    assert found["Docker"].detail == "no Docker engine answers (refused)"
+    monkeypatch.setattr("drydock.chroot_runtime.try_namespaces", no_namespaces)
+    found = look(monkeypatch, tmp_path)
+    assert found["chroot"].state == "missing"
+    assert "no runtime" in (verdict(list(found.values())) or "")
+    monkeypatch.setattr("drydock.docker_runtime.engine_facts", lambda: ("26.1", True))
+    found = look(monkeypatch, tmp_path)
+    assert found["Docker"].state == "ok"
+    assert verdict(list(found.values())) is None
+
+
+def test_dockers_classic_store_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("drydock.docker_runtime.engine_facts", lambda: ("26.1", False))
+    found = look(monkeypatch, tmp_path)["Docker"]
+    assert found.state == "limited"
+    assert "containerd-snapshotter" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("gpus", "state"),
+    [
+        ([], "limited"),
+        ([{"name": "H100", "driver": "570.10"}], "limited"),
+        ([{"name": "H100", "driver": "580.65.06"}], "ok"),
+        ([{"name": "H100", "driver": "590"}], "ok"),
+    ],
+)
+def test_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: list[Any], state: str) -> None:
+    monkeypatch.setattr(doctor, "gpus_here", lambda: 1)
+    monkeypatch.setattr(doctor, "device_here", lambda _: {"gpus": gpus})
+    found = look(monkeypatch, tmp_path)["NVIDIA GPUs"]
+    assert found.state == state
+    assert bool(found.advice) is (state != "ok")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, str]:
+    """No configuration of this machine's."""
+    return {"HOME": str(tmp_path), "PIP_CONFIG_FILE": os.devnull, "UV_NO_CONFIG": "1"}
+
+
+def index(settings: dict[str, str]) -> Finding:
+    return doctor._index(settings)
+
+
+def test_a_folder_is_an_index(settings: dict[str, str], tmp_path: Path) -> None:
+    settings |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    assert index(settings).state == "ok"
+    settings["PIP_FIND_LINKS"] = str(tmp_path / "gone")
+    assert index(settings).state == "missing"
+    assert "is not there" in index(settings).detail
+
+
+def test_an_index_that_answers_and_one_that_refuses(settings: dict[str, str]) -> None:
+    with IndexServer() as server, IndexServer() as empty:
+        server.add("packaging", "packaging-1.0-py3-none-any.whl", b"")
+        settings["PIP_INDEX_URL"] = server.simple
+        assert index(settings).state == "ok"
+        assert server.simple in index(settings).detail
+        settings["PIP_INDEX_URL"] = empty.simple
+        assert "status 404" in index(settings).detail
+
+
+def test_an_index_that_does_not_answer_is_named_without_its_password(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        settings["PIP_INDEX_URL"] = f"http://me:secret@127.0.0.1:{reserved.getsockname()[1]}/simple"
+        found = index(settings)
+        assert found.state == "missing"
+        assert "does not answer (ConnectError)" in found.detail
+        assert "secret" not in found.detail
+        assert (verdict([ok("Docker"), ok("chroot"), found]) or "").startswith("package index: ")
+        # With a folder beside it, fetching works, and waits.
+        found = index(settings | {"PIP_FIND_LINKS": str(tmp_path)})
+        assert found.state == "limited"
+        assert found.advice
+
+
+def ok(what: str) -> Finding:
+    return Finding(what=what, state="ok", detail="")
+
+
+def test_the_command_says_it_in_lines_and_as_json() -> None:
+    def run(*more: str) -> str:
+        command = [sys.executable, "-m", "drydock.cli", "doctor", "--offline", *more]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout
+
+    document = json.loads(run("--json"))
+    assert {row["what"] for row in document["findings"]} >= {"Docker", "chroot", "NVIDIA GPUs", "disk"}
+    assert "package index" not in {row["what"] for row in document["findings"]}
+    lines = run().splitlines()
+    assert len([line for line in lines if not line.startswith(" ")]) == len(document["findings"])
