@@ -125,6 +125,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer({"error": f"the model {body.get('model')} does not exist"}, 404)
             elif not isinstance(body.get("prompt"), str):
                 self.answer({"error": "prompt must be text"}, 400)
+            elif "choices" in body:
+                self.answer({"model": name, "choices": body["choices"]})
             else:
                 text = body["prompt"][::-1][: body.get("max_tokens")]
                 self.answer({"model": name, "choices": [{"text": text, "finish_reason": "length"}]})

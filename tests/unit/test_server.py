@@ -355,6 +355,18 @@ def test_a_refusal_comes_with_the_server_s_words_and_its_log(make: Make) -> None
         assert server.complete("ab", max_tokens=2)["text"] == "ba"
 
 
+@pytest.mark.parametrize(
+    "choices", [[], None, {}, "text", [None], [[]], [{}], [{"text": None}], [{"text": 7}]]
+)
+def test_an_answer_without_a_completion_fails_its_request_and_not_the_server(
+    make: Make, choices: Any
+) -> None:
+    with make() as server:
+        with pytest.raises(ServerError, match="an answer without a completion"):
+            server.complete("abc", choices=choices)
+        assert server.complete("abc", max_tokens=9)["text"] == "cba"
+
+
 @pytest.mark.parametrize("path", ["/exit", "/exit-held"])
 def test_a_server_that_dies_in_a_request_is_named_and_asked_no_more(make: Make, path: str) -> None:
     with make(flags=("--reuse-port",)) as server:

@@ -244,7 +244,7 @@ class Server:
         """One completion through `/v1/completions`; the first choice.
 
         Raises:
-            ServerError: as `request`, or the answer is another server's.
+            ServerError: as `request`, or the answer is another server's or has no completion in it.
         """
         path = "/v1/completions"
         self._check_alive(path)
@@ -255,10 +255,14 @@ class Server:
     ) -> dict[str, Any]:
         body = {"model": self.model, "prompt": prompt, **options}
         answer = self._ask("/v1/completions", body, timeout, meanwhile)
-        if not isinstance(answer, dict) or answer.get("model") != self.model or not answer.get("choices"):
+        if not isinstance(answer, dict) or answer.get("model") != self.model:
             raise self._error(f"port {self.port} is answered, but not by this server: {str(answer)[:200]}")
-        choice: dict[str, Any] = answer["choices"][0]
-        return choice
+        # An engine that gave up on a request has been seen to answer with nothing in it. That is this request's
+        # failure, and no reason to think less of the server.
+        match answer.get("choices"):
+            case [{"text": str()} as choice, *_]:
+                return dict(choice)
+        raise self._error(f"/v1/completions: an answer without a completion: {str(answer)[:200]}")
 
     def reload_weights(self, timeout: float = 120.0) -> None:
         """Have the engine load the weights from the model's folder again, with no request under way.
