@@ -326,6 +326,9 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
     runtime = choose(record.options.runtime)
     with record.step("runtime"):
         runtime.prepare(store, built)
+        # What was loaded or unpacked is gigabytes in memory that the kernel is still to write: on a slow disk that
+        # takes a minute, in which a server's start waits for every file and is over its budget.
+        os.sync()
     print(f"{runtime.name}: ready after {record.steps[-1]['seconds']:.1f} s", flush=True)
 
     def run(command: list[str], environment: dict[str, str]) -> int:
