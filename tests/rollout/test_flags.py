@@ -15,10 +15,14 @@ from drydock.server import FlagError
 def test_what_the_parser_does_not_know_is_refused(launch: Launch) -> None:
     """An unknown flag, and a value that is none of the choices."""
 
+    engine = launch.words.engine
+
     def words(wrong: tuple[str, str]) -> str:
         # The parser's own flags are in order, or it would complain about them.
         with pytest.raises(FlagError) as refusal:
-            launch.words.engine.parse([*launch.flags, *wrong])
+            engine.parse(
+                engine.flags([*launch.flags, *wrong], model="/nowhere", name="none", host="127.0.0.1", port=1)
+            )
         return str(refusal.value)
 
     flag, value = at_once(words, [("--no-such-flag", "1"), ("--dtype", "float12")])  # contract: refused
