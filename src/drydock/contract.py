@@ -161,9 +161,11 @@ def _called(node: ast.Call) -> str:
 
 
 def _text(nodes: list[ast.expr]) -> str:
+    """The text that a node is, or that an f-string begins with: the path, where what varies is the query."""
     for node in nodes:
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            return node.value
+        first = node.values[0] if isinstance(node, ast.JoinedStr) and node.values else node
+        if isinstance(first, ast.Constant) and isinstance(first.value, str):
+            return first.value
     return ""
 
 
