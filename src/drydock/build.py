@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from drydock.base import add_base_files, add_dpkg_database, base_environment, python_version, stdlib_sources
@@ -372,7 +372,7 @@ def _make_manifest(
             _check_overlap(inputs.image, rows.get(row.path), row)
             rows[row.path] = row
         distributions += [Installed(**entry) for entry in facts["distributions"]]
-    files = set(rows)
+    held = rows
     # Files of wheels are in their RECORDs; base.RECORD has everything else.
     wheels = {entry.name for entry in distributions}
     rows = {
@@ -383,7 +383,7 @@ def _make_manifest(
     with open_layer(store) as (layer, written):
         for name, path in _carried(inputs.image).items():
             layer.file(f"{SHARE}/{name}", path.read_bytes())
-        _add_links(layer, inputs.image, files)
+        _add_links(layer, inputs.image, held)
         rows |= {row.path: row for row in layer.rows}
         base_record = _csv(list(rows.values()))
         digest, _ = layer.file(f"{SHARE}/base.RECORD", base_record)
@@ -400,18 +400,21 @@ def _make_manifest(
     return made
 
 
-def _add_links(layer: LayerWriter, image: Image, files: set[str]) -> None:
+def _add_links(layer: LayerWriter, image: Image, held: Mapping[str, Row]) -> None:
     """The definition's links, each to something that the image holds.
 
     Raises:
         DrydockError: a link would lead nowhere, or lies where a file is.
     """
-    folders = {str(folder) for path in files for folder in PurePosixPath(path).parents}
+
+    def is_held(path: str) -> bool:
+        return path in held or any(each.startswith(f"{path}/") for each in held)
+
+    where = f"{image.definition_path.relative_to(image.root)}: engine.{image.engine_name}.links"
     for link, target in image.engine.links.items():
-        where = f"{image.definition_path.relative_to(image.root)}: engine.{image.engine_name}.links"
-        if link.lstrip("/") in files | folders:
+        if is_held(link.lstrip("/")):
             raise DrydockError(f"{where}: the image holds something else at {link}")
-        if target.lstrip("/") not in files | folders:
+        if not is_held(target.lstrip("/")):
             raise DrydockError(f"{where}: {link} would lead to {target}, which is not in the image")
         layer.symlink(link.lstrip("/"), target)
 

@@ -346,8 +346,9 @@ def doctor(
 
     from drydock.doctor import examine, verdict
 
+    root = project_root()
     findings = []
-    for finding in examine(open_store(project_root()), os.environ, offline=offline):
+    for finding in examine(root, open_store(root), os.environ, offline=offline):
         findings.append(finding)
         if not as_json:
             print(f"{finding.state:<8} {finding.what}: {finding.detail}", flush=True)

@@ -5,6 +5,7 @@ An image is named as everywhere, or `IMAGE@REVISION` for what its lock was in a 
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from drydock.errors import DrydockError
 from drydock.locks import read_debian_lock, read_pylock
 from drydock.oci import Layer, read_image
 from drydock.progress import amount
+from drydock.relock import versions_in
 from drydock.store import Store
 
 
@@ -38,20 +40,15 @@ def side(root: Path, store: Store, name: str) -> Side:
         DrydockError: there is no such image, lock or revision.
     """
     image_name, _, revision = name.partition("@")
-    if not revision:
-        image = Image.named(root, image_name)
-        try:
-            built = read_image(store, image.name)
-        except DrydockError:
-            return _side(image, image.name, None)
-        return _side(image, image.name, built.layers)
-    return _earlier(root, image_name, revision)
-
-
-def _side(image: Image, name: str, layers: tuple[Layer, ...] | None) -> Side:
-    base = read_debian_lock(image.root, image.base, image.definition.architecture)
+    if revision:
+        return _earlier(root, image_name, revision)
+    image = Image.named(root, image_name)
+    base = read_debian_lock(root, image.base, image.definition.architecture)
+    layers: tuple[Layer, ...] | None = None
+    with contextlib.suppress(DrydockError):  # it is not built here
+        layers = read_image(store, image.name).layers
     return Side(
-        name=name,
+        name=image.name,
         python={package.name: package.version for package in read_pylock(image).packages},
         debian={package.name: package.version for package in base.packages},
         environment=image.engine.environment,
@@ -73,8 +70,8 @@ def _earlier(root: Path, name: str, revision: str) -> Side:
         ) from error
     return Side(
         name=f"{hardware}-{engine}@{revision}",
-        python=_versions(_toml(root, revision, f"lock/pylock.{hardware}-{engine}.toml")),
-        debian=_versions(_toml(root, revision, base)),
+        python=versions_in(_toml(root, revision, f"lock/pylock.{hardware}-{engine}.toml")),
+        debian=versions_in(_toml(root, revision, base)),
         environment=environment,
         layers=None,
     )
@@ -89,10 +86,6 @@ def _toml(root: Path, revision: str, path: str) -> dict[str, Any]:
     if shown.returncode:
         raise DrydockError(f"git has no {path} in {revision!r}: name a revision that has it")
     return tomllib.loads(shown.stdout.decode())
-
-
-def _versions(lock: Mapping[str, Any]) -> dict[str, str]:
-    return {package["name"]: package["version"] for package in lock["packages"]}
 
 
 def diff(old: Side, new: Side) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ import httpx
 
 from drydock.definition import MACHINES, Architecture
 from drydock.errors import DrydockError
-from drydock.hardware import device_here, gpus_here
+from drydock.hardware import cuda_definition, device_here, gpus_here
 from drydock.progress import amount
 from drydock.runtime import runs
 from drydock.store import Store
+from drydock.verify.accelerator import version_numbers
 
 State = Literal["ok", "limited", "missing"]
 NEEDED = {"cpu image": 12e9, "an image for a GPU": 32e9}
@@ -40,17 +42,20 @@ class Finding:
     advice: str = ""
 
 
-def examine(store: Store, environ: Mapping[str, str], *, offline: bool = False) -> Iterator[Finding]:
+def examine(
+    root: Path, store: Store, environ: Mapping[str, str], *, offline: bool = False
+) -> Iterator[Finding]:
     """Look at this machine, one thing after the other.
 
     Parameters:
+        root: the checkout.
         offline: leave out what asks a network.
     """
     checks: list[Callable[[], Finding]] = [
         _python,
         _docker,
         lambda: _chroot(store),
-        _gpu,
+        lambda: _gpu(root),
         _npu,
         lambda: _disk(store),
     ]
@@ -120,7 +125,7 @@ def _chroot(store: Store) -> Finding:
     )
 
 
-def _gpu() -> Finding:
+def _gpu(root: Path) -> Finding:
     if not gpus_here():
         return Finding(
             what="NVIDIA GPUs", state="missing", detail="none that the driver shows",
@@ -133,13 +138,13 @@ def _gpu() -> Finding:
             advice="see whether the driver is loaded and of the same version as its libraries",
         )  # fmt: skip
     each = f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver']}"
-    if tuple(int(part) for part in gpus[0]["driver"].split(".")) < (580, 65, 6):
+    definition = cuda_definition(root)
+    minimum = definition.accelerator.minimum_driver if definition else None
+    if definition and minimum and version_numbers(gpus[0]["driver"]) < version_numbers(minimum):
         return Finding(
-            what="NVIDIA GPUs",
-            state="limited",
-            detail=each,
-            advice="CUDA 13 needs a driver of 580.65.06 or newer",
-        )
+            what="NVIDIA GPUs", state="limited", detail=each,
+            advice=f"images of {definition.hardware} need a driver of {minimum} or newer",
+        )  # fmt: skip
     return Finding(what="NVIDIA GPUs", state="ok", detail=each)
 
 
@@ -181,29 +186,23 @@ def _index(environ: Mapping[str, str]) -> Finding:
         tls = indexes.tls()
     except DrydockError as error:
         return Finding(what=what, state="missing", detail=str(error))
-    answers, refusals = [], []
-    folders = [place for place in indexes.places() if place.path]
-    answers += [f"{place} ({place.setting})" for place in folders if place.path and place.path.exists()]
-    refusals += [
-        f"{place} ({place.setting}) is not there"
-        for place in folders
-        if place.path and not place.path.exists()
-    ]
-    for place in [] if indexes.offline else indexes.indexes:
+    answers: list[str] = []
+    refusals: list[str] = []
+    for place in indexes.places():
+        name = f"{place} ({place.setting})"
         if place.path:
-            continue
-        name, url = f"{place} ({place.setting})", f"{place.url.rstrip('/')}/{PROJECT}/"
-        try:
-            answer = httpx.get(
-                url, verify=tls, auth=indexes.auth_for(url, place), timeout=SECONDS, follow_redirects=True,
-                headers={"Accept": ACCEPT_ANY},
-            )  # fmt: skip
-            answer.raise_for_status()
-            answers.append(f"{name}, {answer.elapsed.total_seconds():.1f} s")
-        except httpx.HTTPError as error:
-            # Its text may have the address with a password in it.
-            status = isinstance(error, httpx.HTTPStatusError) and f"status {error.response.status_code}"
-            refusals.append(f"{name} does not answer ({status or type(error).__name__})")
+            (answers if place.path.exists() else refusals).append(
+                name if place.path.exists() else f"{name} is not there"
+            )
+        elif place in indexes.indexes and not indexes.offline:
+            url = f"{place.url.rstrip('/')}/{PROJECT}/"
+            answer = _ask(url, tls, auth=indexes.auth_for(url, place), headers={"Accept": ACCEPT_ANY})
+            if isinstance(answer, str):
+                refusals.append(f"{name} does not answer ({answer})")
+            elif not answer.is_success:
+                refusals.append(f"{name} does not answer (status {answer.status_code})")
+            else:
+                answers.append(f"{name}, {answer.elapsed.total_seconds():.1f} s")
     if not answers:
         return Finding(
             what=what, state="missing", detail="; ".join(refusals) or "none is configured", advice=advice
@@ -231,16 +230,24 @@ def _mirror(environ: Mapping[str, str]) -> Finding:
             if folder := file_path(address):
                 (answers if folder.is_dir() else refusals).append(name)
                 continue
-            try:
-                httpx.get(f"{address}/dists/", verify=tls, timeout=SECONDS, follow_redirects=True)
+            answer = _ask(f"{address}/dists/", tls)
+            if isinstance(answer, str):
+                refusals.append(f"{name} does not answer ({answer})")
+            else:
                 answers.append(name)
-            except httpx.HTTPError as error:
-                refusals.append(f"{name} does not answer ({type(error).__name__})")
     state: State = "missing" if not answers else "limited" if refusals else "ok"
     advice = (
         "set DRYDOCK_DEBIAN_MIRROR and DRYDOCK_DEBIAN_SECURITY_MIRROR to ones that do" if refusals else ""
     )
     return Finding(what=what, state=state, detail="; ".join([*answers, *refusals]), advice=advice)
+
+
+def _ask(url: str, tls: ssl.SSLContext, **options: Any) -> httpx.Response | str:
+    """The answer of an address, or what kind of error came: its text may have the address with a password in it."""
+    try:
+        return httpx.get(url, verify=tls, timeout=SECONDS, follow_redirects=True, **options)
+    except httpx.HTTPError as error:
+        return type(error).__name__
 
 
 def _apt() -> Finding:

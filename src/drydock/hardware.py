@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from drydock.definition import MACHINES, image_names, read_definition
+from drydock.definition import MACHINES, Definition, image_names, read_definition
 
 
 def gpus_here() -> int:
@@ -22,15 +22,17 @@ def hardware_here(root: Path) -> str:
 
     With GPUs, the CUDA image of this machine's architecture: x86-64 is h100, aarch64 is gb200.
     """
-    if gpus_here():
-        for name in image_names(root):
-            definition = read_definition(root / "images" / name.partition("-")[0] / "image.toml")
-            if (
-                definition.accelerator.kind == "cuda"
-                and MACHINES[definition.architecture] == platform.machine()
-            ):
-                return definition.hardware
-    return "cpu"
+    definition = cuda_definition(root) if gpus_here() else None
+    return definition.hardware if definition else "cpu"
+
+
+def cuda_definition(root: Path) -> Definition | None:
+    """The definition of CUDA images for this machine's architecture, if there is one."""
+    for name in image_names(root):
+        definition = read_definition(root / "images" / name.partition("-")[0] / "image.toml")
+        if definition.accelerator.kind == "cuda" and MACHINES[definition.architecture] == platform.machine():
+            return definition
+    return None
 
 
 def device_here(cuda: bool) -> dict[str, Any]:

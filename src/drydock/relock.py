@@ -24,10 +24,14 @@ Change = dict[str, Any]
 def versions(path: Path) -> dict[str, str]:
     """Package -> version of any lock of ours; nothing when there is none that can be read."""
     try:
-        data = tomllib.loads(path.read_text())
-        return {package["name"]: package["version"] for package in data["packages"]}
+        return versions_in(tomllib.loads(path.read_text()))
     except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError):
         return {}
+
+
+def versions_in(lock: Mapping[str, Any]) -> dict[str, str]:
+    """Package -> version of a lock that is read."""
+    return {package["name"]: package["version"] for package in lock["packages"]}
 
 
 def lock(

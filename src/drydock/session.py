@@ -67,6 +67,7 @@ class Record:
 
     `clock` is when the image was there and the session proper began: budgets are for what runs in the image,
     not for how much of it this machine had to build or load. `running` is the tier that has not ended.
+    `commit` and `device` are asked once, since a document is made for each tier.
     """
 
     options: argparse.Namespace
@@ -79,6 +80,8 @@ class Record:
     ceiling: float | None = None
     detail: str = ""
     running: str = ""
+    commit: dict[str, Any] = field(default_factory=dict)
+    device: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -108,7 +111,7 @@ class Record:
             lines.append("no test ran")
         return lines
 
-    def document(self, root: Path, place: Place) -> dict[str, Any]:
+    def document(self, place: Place) -> dict[str, Any]:
         """The session's document, for the report."""
         seconds = time.monotonic() - self.clock
         tested = sum(tier["seconds"] for tier in self.tiers)
@@ -119,13 +122,13 @@ class Record:
             "engine": self.options.engine,
             "profile": self.kind,
             "image": place.image,
-            "drydock": _commit(root),
+            "drydock": self.commit,
             "began": self.began.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "seconds": round(seconds, 3),
             "outcome": "failed" if failures else "passed",
             "detail": "; ".join(failures),
             "runtime": place.runtime,
-            "device": device_here(place.cuda and not self.options.cpu_part),
+            "device": self.device,
             "verification": self.verification,
             "drift_allowed": self.options.allow_drift,
             "steps": self.steps,
@@ -157,9 +160,11 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
     else:
         place = _place(root, name, folder, record)
     record.clock = time.monotonic()
+    record.commit = _commit(root)
+    record.device = device_here(place.cuda and not options.cpu_part)
     try:
         with _deadline(record.ceiling):
-            _run(root, folder, place, record)
+            _run(folder, place, record)
     except OutOfTime:
         record.detail = (
             f"ended from outside {PATIENCE:.0f} s after its ceiling of {record.ceiling:.0f} s: "
@@ -169,7 +174,7 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
         record.detail = "interrupted"
         raise
     finally:
-        _report(root, folder, place, record)
+        _report(folder, place, record)
     if failures := record.failures():
         raise CheckFailed(f"{record.name} failed: {failures[0]}")
 
@@ -190,7 +195,7 @@ def _ceiling(budgets: Path, image: str, record: Record) -> float | None:
     return limit.ceiling if limit else None
 
 
-def _run(root: Path, folder: Path, place: Place, record: Record) -> None:
+def _run(folder: Path, place: Place, record: Record) -> None:
     chosen = _chosen(record.options)
     record.not_run += [
         {"what": f"the {tier} tier", "reason": f"only {chosen[0]} was asked for (--tier)"}
@@ -215,7 +220,7 @@ def _run(root: Path, folder: Path, place: Place, record: Record) -> None:
         ended: int | None = None
         record.running = tier
         try:
-            with record.step(tier), _report_so_far(root, folder, place, record):
+            with record.step(tier), _report_so_far(folder, place, record):
                 ended = place.run(*_pytest(tier, place, record))
         finally:
             # Also of a tier that was broken off, and what of it ran.
@@ -265,7 +270,7 @@ def _tier_document(folder: Path, tier: str, status: int | None, record: Record) 
 
 
 @contextlib.contextmanager
-def _report_so_far(root: Path, folder: Path, place: Place, record: Record) -> Iterator[None]:
+def _report_so_far(folder: Path, place: Place, record: Record) -> Iterator[None]:
     """While a tier runs, write the report of what ran before it.
 
     It is what is left of a session that is killed, can be read while a long one runs, and loads what takes a second
@@ -273,7 +278,7 @@ def _report_so_far(root: Path, folder: Path, place: Place, record: Record) -> It
     """
     from drydock.report import write
 
-    document = record.document(root, place)
+    document = record.document(place)
 
     def write_it() -> None:
         # What is wrong with the folder is said at the end.
@@ -290,13 +295,13 @@ def _report_so_far(root: Path, folder: Path, place: Place, record: Record) -> It
         writer.join()
 
 
-def _report(root: Path, folder: Path, place: Place, record: Record) -> None:
+def _report(folder: Path, place: Place, record: Record) -> None:
     from drydock.report import summary, write
 
     with record.step("report"):
-        write(record.document(root, place), folder)
+        write(record.document(place), folder)
     # Once more, with the report's own time in it; only the JSON, since the page takes most of it.
-    document = record.document(root, place)
+    document = record.document(place)
     (folder / "report.json").write_text(json.dumps(document, indent=1) + "\n")
     latest = folder.parent / "latest"
     latest.unlink(missing_ok=True)
@@ -317,8 +322,7 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
     given = _inputs(record.options)
     image = Image.named(root, name)
     cuda = image.definition.accelerator.kind == "cuda"
-    if not record.options.cpu_part:
-        _need_gpus(image)
+    _need_gpus(image, record.options)
     store = open_store(root)
     with record.step("image"):
         built = _built(image, store, record.options.prebuilt)
@@ -376,8 +380,7 @@ def _in_place(root: Path, folder: Path, name: str, options: argparse.Namespace) 
     """In an environment that somebody else made, compared with the image's lock as far as that goes."""
     image = Image.named(root, name)
     cuda = image.definition.accelerator.kind == "cuda"
-    if not options.cpu_part:
-        _need_gpus(image)
+    _need_gpus(image, options)
     return _surroundings(root, folder, "in place", name, cuda, _inputs(options), ["--here", str(root), name])
 
 
@@ -404,8 +407,8 @@ def _surroundings(
     )
 
 
-def _need_gpus(image: Image) -> None:
-    if image.definition.accelerator.kind == "cuda" and not gpus_here():
+def _need_gpus(image: Image, options: argparse.Namespace) -> None:
+    if image.definition.accelerator.kind == "cuda" and not options.cpu_part and not gpus_here():
         raise DrydockError(
             f"{image.name} needs an NVIDIA GPU and this machine shows none: run it where there is one, "
             "add --cpu-part for the tests that need none, or name --hardware cpu"

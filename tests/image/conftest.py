@@ -127,3 +127,9 @@ def tree(tiny: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def warm(tiny: Made, tmp_path: Path) -> Store:
     """A store in which `tiny-mini` is built, for one test to harm."""
     return mini_image.twin(tmp_path / "warm", tiny.store)
+
+
+@pytest.fixture
+def own(project: Project, tmp_path: Path) -> Project:
+    """A checkout for one test to harm."""
+    return project.copy(tmp_path / "checkout")

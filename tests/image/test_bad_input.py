@@ -22,12 +22,6 @@ Change = Callable[[dict[str, Any]], object]
 
 
 @pytest.fixture
-def own(project: Project, tmp_path: Path) -> Project:
-    """A checkout for one test to harm."""
-    return project.copy(tmp_path / "checkout")
-
-
-@pytest.fixture
 def empty(tmp_path: Path) -> Store:
     return Store(tmp_path / "empty")
 

@@ -12,11 +12,6 @@ from drydock.store import Store
 from drydock.verify import verify
 
 
-@pytest.fixture
-def own(project: Project, tmp_path: Path) -> Project:
-    return project.copy(tmp_path / "checkout")
-
-
 def link(own: Project, links: dict[str, str]) -> None:
     edit_toml(own.root / "images/tiny/image.toml", lambda data: data["engine"]["mini"].update(links=links))
 

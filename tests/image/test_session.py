@@ -214,11 +214,16 @@ def test_a_run_without_budgets_is_refused_before_anything_is_built(session: Sess
     assert session.report()["budget"] is None
 
 
-def test_hardware_that_is_not_here_is_named(session: Session) -> None:
+def for_cuda(session: Session) -> None:
+    """Say that the image is made for GPUs."""
     path = session.project.root / "images/tiny/image.toml"
     path.write_text(
         path.read_text().replace('kind = "none"', 'kind = "cuda"\nminimum-driver = "580.65.06"\nsm = ["90"]')
     )
+
+
+def test_hardware_that_is_not_here_is_named(session: Session) -> None:
+    for_cuda(session)
     assert "needs an NVIDIA GPU" in session.run().error
 
 
@@ -243,10 +248,7 @@ def test_of_another():
 
 
 def test_the_part_that_needs_no_gpu_of_an_image_for_one(session: Session) -> None:
-    path = session.project.root / "images/tiny/image.toml"
-    path.write_text(
-        path.read_text().replace('kind = "none"', 'kind = "cuda"\nminimum-driver = "580.65.06"\nsm = ["90"]')
-    )
+    for_cuda(session)
     session.write("trainer", NEEDY)
     assert "add --cpu-part" in session.run().error
     # Its budgets are not those of the whole.

@@ -45,11 +45,9 @@ def begin(call: Callable[[Argument], Result], arguments: Iterable[Argument]) -> 
     return futures
 
 
-@contextlib.contextmanager
-def frozen(server: Server) -> Iterator[None]:
+def frozen(server: Server) -> contextlib.AbstractContextManager[None]:
     """No request goes on within the block, and new ones wait: so it does not depend on who is faster."""
-    with speech(server).frozen(server):
-        yield
+    return speech(server).frozen(server)
 
 
 def wait_for_load(server: Server, requests: int, seconds: float = 30) -> None:

@@ -22,11 +22,9 @@ from drydock.store import Store
 REPOSITORY = Path(__file__).parents[2]
 
 
-def look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **changes: Any) -> dict[str, Finding]:
-    """What is found, offline, with some of the module's functions replaced."""
-    for name, value in changes.items():
-        monkeypatch.setattr(name.replace("__", "."), value)
-    return {finding.what: finding for finding in examine(Store(tmp_path), {}, offline=True)}
+def look(tmp_path: Path) -> dict[str, Finding]:
+    """What is found, offline."""
+    return {finding.what: finding for finding in examine(REPOSITORY, Store(tmp_path), {}, offline=True)}
 
 
 class Usage(NamedTuple):
@@ -36,7 +34,7 @@ class Usage(NamedTuple):
 @pytest.mark.parametrize(("free", "state"), [(1e9, "missing"), (20e9, "limited"), (100e9, "ok")])
 def test_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, state: str) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free))
-    found = look(monkeypatch, tmp_path / "not/there/yet")
+    found = look(tmp_path / "not/there/yet")
     assert found["disk"].state == state
     assert bool(found["disk"].advice) is (state != "ok")
     assert (verdict(list(found.values())) or "").startswith("disk: 1.00 GB free") is (state == "missing")
@@ -54,22 +52,22 @@ def no_namespaces(_: Store) -> None:
 
 def test_without_any_runtime_there_is_no_main_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("drydock.docker_runtime.engine_facts", no_docker)
-    found = look(monkeypatch, tmp_path)
+    found = look(tmp_path)
     assert found["Docker"].state == "missing"
     assert found["Docker"].detail == "no Docker engine answers (refused)"
     monkeypatch.setattr("drydock.chroot_runtime.try_namespaces", no_namespaces)
-    found = look(monkeypatch, tmp_path)
+    found = look(tmp_path)
     assert found["chroot"].state == "missing"
     assert "no runtime" in (verdict(list(found.values())) or "")
     monkeypatch.setattr("drydock.docker_runtime.engine_facts", lambda: ("26.1", True))
-    found = look(monkeypatch, tmp_path)
+    found = look(tmp_path)
     assert found["Docker"].state == "ok"
     assert verdict(list(found.values())) is None
 
 
 def test_dockers_classic_store_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("drydock.docker_runtime.engine_facts", lambda: ("26.1", False))
-    found = look(monkeypatch, tmp_path)["Docker"]
+    found = look(tmp_path)["Docker"]
     assert found.state == "limited"
     assert "containerd-snapshotter" in found.advice
 
@@ -86,7 +84,7 @@ def test_dockers_classic_store_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: list[Any], state: str) -> None:
     monkeypatch.setattr(doctor, "gpus_here", lambda: 1)
     monkeypatch.setattr(doctor, "device_here", lambda _: {"gpus": gpus})
-    found = look(monkeypatch, tmp_path)["NVIDIA GPUs"]
+    found = look(tmp_path)["NVIDIA GPUs"]
     assert found.state == state
     assert bool(found.advice) is (state != "ok")
 

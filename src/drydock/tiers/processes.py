@@ -42,21 +42,31 @@ def now() -> int:
 
 def age() -> float:
     """Seconds since this process was started; 0 where /proc does not tell."""
-    born = next((process.born for process in _all() if process.pid == os.getpid()), None)
-    return 0.0 if born is None else max(0.0, (now() - born) / TICKS)
+    with contextlib.suppress(OSError):
+        if _proc_is_ours():
+            return max(0.0, (now() - _read(str(os.getpid())).born) / TICKS)
+    return 0.0
+
+
+def _proc_is_ours() -> bool:
+    # Where a container sees its host's /proc, the pids in it are not ours: then nobody is known.
+    return Path("/proc/self").exists() and Path("/proc/self").readlink().name == str(os.getpid())
+
+
+def _read(pid: str) -> Process:
+    # After the name, which may hold anything: state, parent, and 19 fields on the start.
+    fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return Process(int(pid), int(fields[1]), int(fields[19]), fields[0])
 
 
 def _all() -> Iterator[Process]:
-    # Where a container sees its host's /proc, the pids in it are not ours: then nobody is known.
-    if not Path("/proc/self").exists() or Path("/proc/self").readlink().name != str(os.getpid()):
+    if not _proc_is_ours():
         return
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
         with contextlib.suppress(OSError):
-            # After the name, which may hold anything: state, parent, and 19 fields on the start.
-            fields = Path(entry.path, "stat").read_text(errors="replace").rpartition(")")[2].split()
-            yield Process(int(entry.name), int(fields[1]), int(fields[19]), fields[0])
+            yield _read(entry.name)
 
 
 def descendants(root: int) -> list[Process]:

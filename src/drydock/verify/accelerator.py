@@ -89,7 +89,7 @@ def compare_devices(
     at start, so it does not count.
     """
     minimum = accelerator.minimum_driver
-    if minimum and _numbers(driver) < _numbers(minimum):
+    if minimum and version_numbers(driver) < version_numbers(minimum):
         yield Finding("driver", f"{driver} is older than the image's minimum {minimum}")
     declared = {sm.rstrip("af") for sm in accelerator.sm}
     for device in dict.fromkeys(devices):
@@ -108,7 +108,8 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
     return int(match[2]) == minor if match[3] == "a" else int(match[2]) <= minor
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def version_numbers(version: str) -> tuple[int, ...]:
+    """A driver's version, to be compared."""
     return tuple(map(int, re.findall(r"\d+", version)))
 
 

@@ -20,6 +20,10 @@ SPREAD = 100
 """Folders from which more than one process reads them."""
 
 
+Listing = list[tuple[str, list[tuple[str, int, int]]]]
+"""Folders with their files' names, modes and sizes: what costs little between processes."""
+
+
 class Seen(NamedTuple):
     """What lstat says of a file: st_mode and size in bytes."""
 
@@ -54,8 +58,8 @@ def _scan(root: str, folder: str) -> tuple[dict[str, Seen], list[str]]:
     return found, folders
 
 
-def _walk_below(root: str, tops: Sequence[str]) -> list[tuple[str, list[tuple[str, int, int]]]]:
-    """Each folder under these with its files' names, modes and sizes: what costs little between processes."""
+def _walk_below(root: str, tops: Sequence[str]) -> Listing:
+    """The listing of everything under these folders."""
     found = []
     folders = list(tops)
     while folders:
@@ -92,7 +96,7 @@ class Tree:
                 inner += below
             folders = inner
         with contextlib.ExitStack() as stack:
-            each: Callable[..., Iterable[list[tuple[str, list[tuple[str, int, int]]]]]] = map
+            each: Callable[..., Iterable[Listing]] = map
             parts = 1
             # A few folders are not worth a process, and a process pool needs a /dev/shm.
             if folders and os.access("/dev/shm", os.W_OK):
