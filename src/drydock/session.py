@@ -274,13 +274,13 @@ def _report_so_far(folder: Path, place: Place, record: Record) -> Iterator[None]
     """While a tier runs, write the report of what ran before it.
 
     It is what is left of a session that is killed, can be read while a long one runs, and loads what takes a second
-    (matplotlib), which nobody then waits for at the end.
+    (matplotlib) and draws what is known, which nobody then waits for at the end.
     """
-    from drydock.report import write
-
     document = record.document(place)
 
     def write_it() -> None:
+        from drydock.report import write
+
         # What is wrong with the folder is said at the end.
         with contextlib.suppress(DrydockError):
             write(document, folder, quiet=True)

@@ -7,15 +7,16 @@ are names of the page's style sheet, so that a chart follows the light and the d
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import matplotlib.ticker
@@ -23,6 +24,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from pydantic import BaseModel
 
 from drydock.report.documents import (
     PHASES,
@@ -145,6 +147,23 @@ def _svg(figure: Figure, name: str, alternative: str) -> Markup:
     return Markup(f'<svg {viewbox[0] if viewbox else ""} role="img" aria-label="{label}">{body}')
 
 
+Drawn = TypeVar("Drawn", bound=BaseModel)
+
+
+def _drawn_once(draw: Callable[[str, Drawn], Chart]) -> Callable[[str, Drawn], Chart]:
+    """A chart of the same data is drawn once: a session writes its page after each tier, with those before it."""
+    charts: dict[tuple[str, str], Chart] = {}
+
+    @functools.wraps(draw)
+    def drawn(name: str, data: Drawn) -> Chart:
+        key = name, data.model_dump_json()
+        if key not in charts:
+            charts[key] = draw(name, data)
+        return charts[key]
+
+    return drawn
+
+
 def _tag(tag: str, name: str) -> str:
     """One tag of a figure with the page's ids and colours; the text between tags is somebody else's."""
     tag = re.sub(r'\bid="', f'id="{name}-', tag)
@@ -244,6 +263,7 @@ ROW = 27.0
 HEADING = 24.0
 
 
+@_drawn_once
 def waterfall(name: str, tier: Tier) -> Chart:
     """Where a tier's time went: its phases against their ceilings, then its tests in order of run."""
     phases, tests = _phase_rows(tier), _test_rows(tier)
@@ -397,6 +417,7 @@ def _end_labels(axes: Axes, x: float, values: list[tuple[str, float]], highest: 
 # -------------------------------------------------------------------------------------- records
 
 
+@_drawn_once
 def expert_load(name: str, record: ExpertLoad) -> Chart:
     """Each rank's load before and after, as a multiple of an even share: a bar for the mean over layers, and a
     dot for each layer where there are several."""
@@ -446,6 +467,7 @@ def _balances(record: ExpertLoad) -> str:
     return f"balance {mean}" + (f", worst layer {worst}" if len(record.before) > 1 else "")
 
 
+@_drawn_once
 def series(name: str, record: Series) -> Chart:
     """A value at each step, and the threshold that it must reach."""
     figure, axes = _axes(170, left=38, bottom=32, top=10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from drydock.report import charts
 from drydock.report.documents import (
@@ -43,8 +44,8 @@ class Absent:
     names: tuple[str, ...]
 
 
-def page(report: Report, earlier: History) -> str:
-    """The page's text. The same documents give the same page."""
+@functools.cache
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -57,6 +58,11 @@ def page(report: Report, earlier: History) -> str:
         "thousands": "{:,}".format,
     }  # fmt: skip
     environment.globals |= {"PHASES": PHASES}
+    return environment.get_template("page.html.jinja")
+
+
+def page(report: Report, earlier: History) -> str:
+    """The page's text. The same documents give the same page."""
     every = list(records(report))
     loads = [(entry, entry.drawn) for entry in every if isinstance(entry.drawn, ExpertLoad)][:MOST_CHARTS]
     series = [(entry, entry.drawn) for entry in every if isinstance(entry.drawn, Series)][:MOST_CHARTS]
@@ -75,7 +81,7 @@ def page(report: Report, earlier: History) -> str:
         key=lambda pair: pair[1].seconds,
         reverse=True,
     )[:SLOWEST]
-    return environment.get_template("page.html.jinja").render(
+    return _template().render(
         report=report,
         earlier=earlier,
         failed=[(tier, test) for tier, test in report.tests if test.failed],
