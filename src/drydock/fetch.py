@@ -6,12 +6,7 @@ the next place is asked. What a stopped run has downloaded stays as `tmp/<sha256
 
 from __future__ import annotations
 
-import contextlib
-import email.utils
 import functools
-import hashlib
-import queue
-import random
 import re
 import shutil
 import threading
@@ -19,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO, TypeVar
+from typing import Literal, TextIO
 from urllib.parse import quote, unquote, urlsplit
 
 import httpx
@@ -30,33 +25,26 @@ from drydock.errors import DrydockError, OutOfSpace
 from drydock.indexes import MIRROR_VARIABLES, Auth, Indexes, Location, file_path, redact
 from drydock.locks import Artifact
 from drydock.progress import Progress
-from drydock.store import CHUNK, Store, disk_errors
+from drydock.store import CHUNK, Store
+from drydock.transfer import (
+    CONNECTIONS,
+    Again,
+    Crew,
+    GaveUp,
+    Part,
+    Patience,
+    Result,
+    Stopped,
+    host_of,
+    insist,
+    retry_after,
+)
 
-CONNECTIONS = 8
-LONGEST_WAIT = 60.0
-"""Seconds: no pause before another attempt is longer, whatever a server asks for."""
 FAILURES_IN_A_ROW = 8
 """A host that failed that many requests for good, with no success between, is not asked again in this run."""
 
 FAILURES_TOLD = 20
 """Artifacts beside the first that get a line of their own when many fail, as all do without a network."""
-HOPELESS = (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.TooManyRedirects)
-UNREACHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
-
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long to put up with a bad network, in seconds; `backoff` is the first pause, and doubles each time.
-
-    `attempts` counts those that brought nothing new: a download that goes on after a break is not given up.
-    """
-
-    attempts: int = 5
-    backoff: float = 0.5
-    connect: float = 10.0
-    read: float = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,18 +137,6 @@ class _Failure(Exception):
         self.reason = reason
 
 
-class _Again(Exception):
-    """An attempt failed in a way that may pass; `after` is how long the server asks to wait, in seconds."""
-
-    def __init__(self, reason: str, after: float | None = None) -> None:
-        super().__init__(reason)
-        self.after = after
-
-
-class _Stopped(Exception):
-    """The run ends because of something that happened elsewhere."""
-
-
 @dataclass(frozen=True)
 class _File:
     """Where one artifact's bytes are, as a place lists it; `listed` is the sha256 it claims, if any."""
@@ -169,42 +145,6 @@ class _File:
     url: str
     auth: Auth | None = None
     listed: str | None = None
-
-
-class _Part:
-    """A partial download: the file, how much of it is there and the hash of that."""
-
-    def __init__(self, path: Path, where: Path) -> None:
-        self._where = where
-        with disk_errors(where):
-            self._file = path.open("ab+")
-            self._hash = hashlib.sha256()
-            self.size = 0
-            self._file.seek(0)
-            while data := self._file.read(CHUNK):
-                self._hash.update(data)
-                self.size += len(data)
-
-    def write(self, data: bytes) -> None:
-        with disk_errors(self._where):
-            self._file.write(data)
-        self._hash.update(data)
-        self.size += len(data)
-
-    def restart(self) -> None:
-        with disk_errors(self._where):
-            self._file.flush()
-            self._file.truncate(0)
-        self._hash = hashlib.sha256()
-        self.size = 0
-
-    @property
-    def digest(self) -> str:
-        return self._hash.hexdigest()
-
-    def close(self) -> None:
-        with disk_errors(self._where):
-            self._file.close()
 
 
 class _Fetcher:
@@ -224,44 +164,24 @@ class _Fetcher:
         self.patience = patience
         self.progress = progress
         self.received = self.resumed = self.retries = 0
-        self._stop = threading.Event()
+        self._crew = Crew("fetch")
         self._lock = threading.Lock()
         self._dead: dict[str, str] = {}
         self._in_a_row: dict[str, int] = {}
         self._failed: list[tuple[Artifact, str]] = []
-        self._fatal: BaseException | None = None
         self._client = httpx.Client(
             verify=indexes.tls(),
             follow_redirects=True,
-            timeout=httpx.Timeout(patience.read, connect=patience.connect, pool=None),
+            timeout=patience.timeout,
             limits=httpx.Limits(max_connections=2 * CONNECTIONS, max_keepalive_connections=CONNECTIONS),
             headers={"User-Agent": "drydock"},
         )
 
     def run(self, artifacts: Sequence[Artifact]) -> None:
-        work: queue.SimpleQueue[Artifact] = queue.SimpleQueue()
-        for artifact in artifacts:
-            work.put(artifact)
-        # Daemons: one that waits for a server or for another process must not keep an interrupted run alive.
-        threads = [
-            threading.Thread(target=self._work, args=(work,), daemon=True, name=f"fetch-{number}")
-            for number in range(min(CONNECTIONS, len(artifacts)))
-        ]
         try:
-            for thread in threads:
-                thread.start()
-            while any(thread.is_alive() for thread in threads) and not self._stop.is_set():
-                for thread in threads:
-                    thread.join(0.05)
+            self._crew.run(artifacts, self._work)
         finally:
-            self._stop.set()
-            deadline = time.monotonic() + 2
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join(max(0.0, deadline - time.monotonic()))
             self._client.close()
-        if self._fatal:
-            raise self._fatal
         if self._failed:
             order = {artifact.sha256: place for place, artifact in enumerate(artifacts)}
             self._failed.sort(key=lambda failure: order[failure[0].sha256])
@@ -270,32 +190,15 @@ class _Fetcher:
                 self.progress.note(message)
             raise DrydockError(first + (f" (and {len(others)} more)" if others else ""))
 
-    def _work(self, work: queue.SimpleQueue[Artifact]) -> None:
-        while not self._stop.is_set():
-            try:
-                artifact = work.get_nowait()
-            except queue.Empty:
-                return
-            self.progress.start(artifact.filename)
-            try:
-                self._get(artifact)
-            except _Stopped:
-                return
-            except _Unavailable as error:
-                with self._lock:
-                    self._failed.append((artifact, str(error)))
-            except BaseException as error:
-                self._abort(error)
-                return
-            finally:
-                self.progress.done(artifact.filename)
-
-    def _abort(self, error: BaseException) -> None:
-        with self._lock:
-            # What fails after the stop (a client that was closed, say) fails because of it.
-            if not self._stop.is_set():
-                self._fatal = error
-                self._stop.set()
+    def _work(self, artifact: Artifact) -> None:
+        self.progress.start(artifact.filename)
+        try:
+            self._get(artifact)
+        except _Unavailable as error:
+            with self._lock:
+                self._failed.append((artifact, str(error)))
+        finally:
+            self.progress.done(artifact.filename)
 
     def _get(self, artifact: Artifact) -> None:
         """Bring one artifact into the store from the first place that has it."""
@@ -306,7 +209,7 @@ class _Fetcher:
                 self.progress.advance(artifact.size)
                 return
             failures: list[_Failure] = []
-            part = _Part(path, self.store.root)
+            part = Part(path, self.store.root)
             try:
                 self._begin(artifact, part)
                 done = part.size == artifact.size or self._from_places(artifact, part, failures)
@@ -318,7 +221,7 @@ class _Fetcher:
                 raise _Unavailable(_message(artifact, failures, self.mirrors))
             self.store.adopt(path, artifact.sha256)
 
-    def _begin(self, artifact: Artifact, part: _Part) -> None:
+    def _begin(self, artifact: Artifact, part: Part) -> None:
         if part.size > artifact.size or (part.size == artifact.size and part.digest != artifact.sha256):
             part.restart()
         if part.size:
@@ -327,7 +230,7 @@ class _Fetcher:
             with self._lock:
                 self.resumed += part.size
 
-    def _from_places(self, artifact: Artifact, part: _Part, failures: list[_Failure]) -> bool:
+    def _from_places(self, artifact: Artifact, part: Part, failures: list[_Failure]) -> bool:
         for find in self._places(artifact):
             try:
                 self._take(artifact, find(), part)
@@ -400,11 +303,11 @@ class _Fetcher:
 
     def _check_online(self, url: str) -> None:
         if self.indexes.offline:
-            raise _Failure("offline", f"{_host(url)} not asked, offline")
+            raise _Failure("offline", f"{host_of(url)} not asked, offline")
 
     # Getting its bytes
 
-    def _take(self, artifact: Artifact, file: _File, part: _Part) -> None:
+    def _take(self, artifact: Artifact, file: _File, part: Part) -> None:
         """Complete the part from a file, or raise `_Failure` with the part empty or resumable."""
         if file.listed and file.listed != artifact.sha256:
             raise _wrong(file, f"lists sha256:{file.listed}", artifact)
@@ -426,19 +329,19 @@ class _Fetcher:
             # What an earlier run or another place had left was wrong: the place is not to blame yet.
             whole = True
 
-    def _restart(self, part: _Part) -> None:
+    def _restart(self, part: Part) -> None:
         self.progress.advance(-part.size)
         part.restart()
 
-    def _add(self, part: _Part, data: bytes) -> None:
+    def _add(self, part: Part, data: bytes) -> None:
         part.write(data)
         self.progress.advance(len(data))
         with self._lock:
             self.received += len(data)
-        if self._stop.is_set():
-            raise _Stopped
+        if self._crew.stop.is_set():
+            raise Stopped
 
-    def _copy(self, artifact: Artifact, file: _File, path: Path, part: _Part) -> None:
+    def _copy(self, artifact: Artifact, file: _File, path: Path, part: Part) -> None:
         self._restart(part)
         try:
             size = path.stat().st_size
@@ -451,7 +354,7 @@ class _Fetcher:
             while data := source.read(CHUNK):
                 self._add(part, data)
 
-    def _download(self, artifact: Artifact, file: _File, part: _Part) -> None:
+    def _download(self, artifact: Artifact, file: _File, part: Part) -> None:
         """One request for what the part lacks."""
         if part.size == artifact.size:
             return  # all came before the connection broke
@@ -461,13 +364,13 @@ class _Fetcher:
         with self._client.stream("GET", file.url, auth=file.auth, headers=headers) as response:
             if response.status_code == 416:
                 self._restart(part)
-                raise _Again("the server cannot resume")
+                raise Again("the server cannot resume")
             self._check_status(response, file.place)
             if response.status_code == 206:
                 expected = rf"bytes {part.size}-{artifact.size - 1}/({artifact.size}|\*)"
                 if not re.fullmatch(expected, response.headers.get("Content-Range", "").strip()):
                     self._restart(part)
-                    raise _Again("the server resumed elsewhere than asked")
+                    raise Again("the server resumed elsewhere than asked")
             else:
                 self._restart(part)
                 length = response.headers.get("Content-Length", "")
@@ -479,69 +382,47 @@ class _Fetcher:
                     raise _wrong(file, f"serves more than {artifact.size} bytes", artifact)
                 self._add(part, data)
         if part.size < artifact.size:
-            raise _Again(f"broke off at {part.size} of {artifact.size} bytes")
+            raise Again(f"broke off at {part.size} of {artifact.size} bytes")
 
     def _check_status(self, response: httpx.Response, place: str) -> None:
         status = response.status_code
         if status in (200, 206):
             return
-        host = _host(str(response.url))
+        host = host_of(str(response.url))
         if status in (404, 410):
             raise _Failure("missing", f"not on {place}")
         if status in (401, 403, 407):
             raise _Failure("denied", f"{host} denies access to {place} ({status})")
         if status in (408, 429) or status >= 500:
-            raise _Again(f"{host} answers {status}", _retry_after(response.headers.get("Retry-After", "")))
+            raise Again(f"{host} answers {status}", retry_after(response.headers.get("Retry-After", "")))
         raise _Failure("unreachable", f"{host} answers {status} for {place}")
 
     def _retry(
         self, what: str, url: str, once: Callable[[], Result], reached: Callable[[], int] = lambda: 0
     ) -> Result:
-        """Do something once, or again after a pause as long as there is hope."""
-        host = _host(url)
-        tries, best = 0, reached()
-        while True:
-            if self._stop.is_set():
-                raise _Stopped
+        """Do something once, or again as long as there is hope; a host that failed often is not asked again."""
+        host = host_of(url)
+
+        def attempt() -> Result:
             if host in self._dead:
                 raise _Failure("unreachable", self._dead[host])
-            after = None
-            connected = True
-            try:
-                result = once()
-            except _Again as again:
-                reason, after = str(again), again.after
-            except httpx.InvalidURL as error:
-                raise _Failure("unreachable", f"{redact(url)} is not an address") from error
-            except HOPELESS as error:
-                raise _Failure("unreachable", f"{redact(url)}: {type(error).__name__}") from error
-            except httpx.TransportError as error:
-                if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                    reason = f"{host} has an untrusted certificate: set SSL_CERT_FILE to its authority's"
-                    self._dead[host] = reason
-                    raise _Failure("unreachable", reason) from error
-                connected = not isinstance(error, UNREACHED)
-                reason = f"{host} {'broke off' if connected else 'cannot be reached'} ({_plain(error)})"
-            else:
-                self._in_a_row.pop(host, None)
-                return result
-            if reached() >= best + CHUNK:
-                tries, best = 0, reached()
-            tries += 1
-            if tries >= self.patience.attempts:
-                with self._lock:
-                    row = self._in_a_row[host] = self._in_a_row.get(host, 0) + 1
-                    if not connected or row >= FAILURES_IN_A_ROW:
-                        self._dead[host] = reason
-                raise _Failure("unreachable", reason)
-            pause = self.patience.backoff * 2 ** (tries - 1) * random.uniform(0.75, 1.25)
-            pause = min(LONGEST_WAIT, pause if after is None else max(pause, after))
+            return once()
+
+        def note(text: str) -> None:
             with self._lock:
                 self.retries += 1
-            number = f"{tries + 1} of {self.patience.attempts}"
-            self.progress.note(f"{what}: {reason}; attempt {number} in {pause:.1f} s")
-            if self._stop.wait(pause):
-                raise _Stopped
+            self.progress.note(f"{what}: {text}")
+
+        try:
+            result = insist(attempt, url, self.patience, self._crew.stop, note, reached)
+        except GaveUp as error:
+            with self._lock:
+                row = self._in_a_row[host] = self._in_a_row.get(host, 0) + (error.because == "broken")
+                if error.because in ("certificate", "unreached") or row >= FAILURES_IN_A_ROW:
+                    self._dead[host] = error.reason
+            raise _Failure("unreachable", error.reason) from error
+        self._in_a_row.pop(host, None)
+        return result
 
 
 class _Unavailable(DrydockError):
@@ -551,25 +432,6 @@ class _Unavailable(DrydockError):
 def _wrong(file: _File, found: str, artifact: Artifact) -> _Failure:
     locked = f"locked is sha256:{artifact.sha256} of {artifact.size} bytes"
     return _Failure("refused", f"{file.place} {found}, {locked}")
-
-
-def _host(url: str) -> str:
-    return urlsplit(redact(url)).netloc
-
-
-def _plain(error: Exception) -> str:
-    """An error's own text in a few words, without what may be a secret in an address."""
-    text = re.sub(r"//[^/@\s]+@", "//", str(error)) or type(error).__name__
-    return text.splitlines()[0]
-
-
-def _retry_after(text: str) -> float | None:
-    """Seconds to wait by a Retry-After header, which has seconds or a date."""
-    if text.strip().isdecimal():
-        return float(text)
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    return None
 
 
 def _message(artifact: Artifact, failures: Sequence[_Failure], mirrors: Mapping[str, Sequence[str]]) -> str:
