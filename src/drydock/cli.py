@@ -186,6 +186,69 @@ def build(
     print(f"lock/images.toml: {recorded}")
 
 
+Place = Annotated[
+    str | None,
+    typer.Argument(metavar="[REGISTRY]", help="HOST[:PORT][/PATH]; what DRYDOCK_REGISTRY says by default"),
+]
+
+
+@app.command()
+def push(name: Name, registry: Place = None, as_json: Json = False) -> None:
+    """Send a built image to a registry, only what it lacks, and record its digest in lock/images.toml."""
+    from dataclasses import asdict
+
+    from drydock.progress import amount
+    from drydock.publish import push as send
+    from drydock.publish import registries
+    from drydock.published import compare, write_record
+
+    root = project_root()
+    store = open_store(root)
+    image = Image.named(root, name)
+    built = read_image(store, image.name)
+    others = []
+    for other in image_names(root):
+        if other != image.name and store.read_record("images", other):
+            others.append(read_image(store, other, whole=False))
+    report = send(store, built, registries(os.environ, registry)[0], os.environ, others=others)
+    recorded = compare(root, built)
+    if recorded != "same":
+        write_record(root, built)
+    if as_json:
+        _say(asdict(report) | {"recorded": recorded})
+        return
+    print(f"{report.reference} sha256:{report.digest}")
+    print(
+        f"{report.blobs} blobs: {report.there} were there, {report.mounted} mounted, {report.uploaded} sent "
+        f"({amount(report.sent)}), {report.seconds:.1f} s"
+    )
+    was = "as recorded" if recorded == "same" else f"recorded now (was {recorded}): commit it"
+    print(f"lock/images.toml: {was}")
+
+
+@app.command()
+def pull(name: Name, registry: Place = None, as_json: Json = False) -> None:
+    """Bring an image into the store from a registry, by the digest in lock/images.toml and no other."""
+    from dataclasses import asdict
+
+    from drydock.progress import amount
+    from drydock.publish import pull as take
+    from drydock.publish import registries
+
+    root = project_root()
+    image = Image.named(root, name)
+    places = registries(os.environ, registry)
+    _, report = take(root, open_store(root), image.name, places, os.environ)
+    if as_json:
+        _say(asdict(report))
+        return
+    print(f"{image.name} sha256:{report.digest}")
+    print(
+        f"{report.blobs} blobs: {report.present} were there, {amount(report.received)} received from "
+        f"{report.source or 'nowhere'}, {report.seconds:.1f} s"
+    )
+
+
 def _task(root: Path, results: Path | None, command: list[str], **extra: Any) -> Any:
     from drydock.runtime import Task
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Layer:
     """One layer: `digest` and `size` (bytes) of the compressed blob, `diff_id` of the tar inside, all hex sha256.
 
     `title` says what is in it, `contents` names it piece by piece, `key` is the hash of what it was made
-    from; `made` is whether this build made it or found it.
+    from; `made` is whether this build made it or found it. Of a layer that was pulled nobody here knows `unpacked`
+    (0), `contents` and `key` (empty).
     """
 
     digest: str
@@ -123,14 +125,20 @@ def write_image(
         layers=layers,
         environment=environment,
     )
+    record_image(store, built)
+    return built
+
+
+def record_image(store: Store, built: Built) -> None:
+    """Note in the store that this is the image of its name."""
     store.write_record(
         "images",
-        image.name,
+        built.name,
         {
             "architecture": built.architecture,
             "digest": built.digest,
-            "config-digest": config_digest,
-            "environment": environment,
+            "config-digest": built.config_digest,
+            "environment": built.environment,
             "layers": [
                 {
                     "digest": layer.digest,
@@ -141,11 +149,10 @@ def write_image(
                     "contents": list(layer.contents),
                     "key": layer.key,
                 }
-                for layer in layers
+                for layer in built.layers
             ],
         },
     )
-    return built
 
 
 def read_image(store: Store, name: str, whole: bool = True) -> Built:
@@ -213,6 +220,44 @@ def _members(store: Store, built: Built) -> Iterator[tuple[str, bytes | Path]]:
     yield f"blobs/sha256/{built.config_digest}", store.path(built.config_digest)
     for digest in dict.fromkeys(layer.digest for layer in built.layers):
         yield f"blobs/sha256/{digest}", store.path(digest)
+
+
+def read_manifest(name: str, digest: str, manifest: dict[str, Any], config: dict[str, Any]) -> Built:
+    """The image that a manifest and its config describe, as `drydock` wrote them.
+
+    Raises:
+        DrydockError: they are not.
+    """
+    try:
+        pairs = list(zip(manifest["layers"], config["rootfs"]["diff_ids"], strict=True))
+        return Built(
+            name=name,
+            architecture=config["architecture"],
+            digest=digest,
+            config_digest=_hex(manifest["config"]["digest"]),
+            environment=dict(entry.split("=", 1) for entry in config["config"]["Env"]),
+            layers=tuple(
+                Layer(
+                    digest=_hex(layer["digest"]),
+                    size=int(layer["size"]),
+                    diff_id=_hex(diff_id),
+                    unpacked=0,
+                    title=layer["annotations"]["dev.drydock.layer.title"],
+                    contents=(),
+                    key="",
+                )
+                for layer, diff_id in pairs
+            ),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DrydockError(f"sha256:{digest} is no image that drydock wrote ({error!r})") from error
+
+
+def _hex(digest: str) -> str:
+    found = re.fullmatch("sha256:([0-9a-f]{64})", digest)
+    if not found:
+        raise ValueError(f"{digest!r} is no sha256")
+    return found[1]
 
 
 def write_layout(store: Store, built: Built, folder: Path) -> None:

@@ -86,6 +86,13 @@ class Progress:
             self.seen += amount
             self._show()
 
+    def expect(self, total: int) -> None:
+        """The bytes to expect, where they are known only after the step began."""
+        with self._lock:
+            self.total = total
+            if self._bar:
+                self._bar.update(self._task, total=total)
+
     def note(self, text: str) -> None:
         """A line that stays, such as a retry and its reason."""
         with self._lock:

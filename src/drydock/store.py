@@ -196,6 +196,10 @@ class Store:
                 temporary.unlink(missing_ok=True)
                 raise
 
+    def drop_record(self, kind: str, key: str) -> None:
+        """Remove a record, if there is one."""
+        (self.root / kind / f"{key}.json").unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Hold a named lock among all processes that use this store; it ends with its process."""

@@ -23,10 +23,11 @@ from index_server import Fault, Hang, IndexServer, NoEnd, Status, Truncate, Wron
 
 from drydock import fetch as fetch_module
 from drydock.errors import DrydockError, OutOfSpace
-from drydock.fetch import FetchReport, Patience, fetch
+from drydock.fetch import FetchReport, fetch
 from drydock.indexes import Indexes, Location, read_indexes
 from drydock.locks import Artifact
 from drydock.store import Store, sha256_file
+from drydock.transfer import CONNECTIONS, Patience
 
 QUICK = Patience(attempts=3, backoff=0.01, connect=1.0, read=0.5)
 SECRET = "hunter2"
@@ -345,7 +346,7 @@ def test_no_network_is_one_line_with_the_host(store: Store) -> None:
         fetch(store, artifacts, of(f"{gone}/simple"), {}, stream=stream, patience=QUICK)
     message = str(caught.value)
     # Only those that ran at the time tried again; the others know that the host is gone.
-    assert stream.getvalue().count("; attempt ") <= fetch_module.CONNECTIONS * (QUICK.attempts - 1)
+    assert stream.getvalue().count("; attempt ") <= CONNECTIONS * (QUICK.attempts - 1)
     assert f"{gone.removeprefix('http://')} cannot be reached" in message
     assert "check the network and the proxy" in message
     assert message.endswith("(and 29 more)")
@@ -455,7 +456,7 @@ FETCHER = """
 import signal
 import sys
 from pathlib import Path
-from drydock.fetch import fetch, Patience
+from drydock.fetch import fetch; from drydock.transfer import Patience
 from drydock.indexes import Indexes, Location
 from drydock.locks import Artifact
 from drydock.store import Store

@@ -1,0 +1,327 @@
+"""An OCI registry on loopback for tests, with faults to order.
+
+>>> with RegistryServer() as server:
+...     server.faults.append(Fault("PATCH", "", cut=1000))   # the next upload ends after 1,000 bytes
+...     push(store, built, Registry.read(server.host), {})
+...     server.repositories["cpu-vllm"].tags
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import threading
+import uuid
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What happens to the next request of that method whose path holds `path`, once (`always`: each time).
+
+    `status` answers so at once; `cut` closes the connection after so many bytes of the body, in either direction;
+    `wrong` serves the body with one byte changed; `forget` loses the upload session.
+    """
+
+    method: str
+    path: str = ""
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    cut: int = -1
+    wrong: bool = False
+    forget: bool = False
+    always: bool = False
+
+
+@dataclass
+class Repository:
+    """What it holds: blobs and manifests by digest, tags."""
+
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    manifests: dict[str, bytes] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    method: str
+    path: str
+    headers: dict[str, str]
+    length: int
+    """Bytes of the body that arrived."""
+
+
+class RegistryServer:
+    """`login` asks for that user and password: by `basic`, or for tokens that are good for `lifetime` requests.
+
+    `elsewhere` is the address that blobs are redirected to; `page` is how many tags a list has.
+    """
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.uploads: dict[str, bytearray] = {}
+        self.faults: list[Fault] = []
+        self.requests: list[Request] = []
+        self.login: tuple[str, str] | None = None
+        self.basic = False
+        self.lifetime = 1_000_000
+        self.tokens: dict[str, int] = {}
+        self.scopes: list[list[str]] = []
+        self.elsewhere = ""
+        self.page = 2
+        self._guard = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                with contextlib.suppress(ConnectionError):
+                    _Exchange(server, self).answer()
+
+            do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = handle_any
+
+            def log_message(self, format: str, *arguments: Any) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self._http.block_on_close = False
+        self._http.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients hang up on purpose
+        self.host = f"127.0.0.1:{self._http.server_address[1]}"
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
+
+    def __enter__(self) -> RegistryServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def of(self, method: str, path: str = "") -> list[Request]:
+        """The requests of a method whose path holds a text."""
+        return [request for request in self.requests if request.method == method and path in request.path]
+
+    def fault(self, method: str, path: str) -> Fault | None:
+        with self._guard:
+            for fault in self.faults:
+                if fault.method == method and fault.path in path:
+                    if not fault.always:
+                        self.faults.remove(fault)
+                    return fault
+        return None
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, server: RegistryServer, handler: BaseHTTPRequestHandler) -> None:
+        self.server = server
+        self.handler = handler
+        self.method = handler.command
+        parts = urlsplit(handler.path)
+        self.path = parts.path
+        self.query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        self.scopes = parse_qs(parts.query).get("scope", [])
+        self.fault = server.fault(self.method, self.path)
+
+    def answer(self) -> None:
+        if self.path == "/token":
+            self._token()
+            return
+        if self.fault and self.fault.status:
+            self._body()
+            self._send(self.fault.status, self.fault.headers)
+            return
+        if not self._allowed():
+            self._body()
+            self._challenge()
+            return
+        found = re.fullmatch(r"/v2/(.+?)/(manifests|blobs|tags|uploads)/(.*)", self.path)
+        if self.path.startswith("/elsewhere/"):
+            self._blob(self.path.split("/")[2], self.path.split("/")[3], redirect=False)
+        elif not found:
+            self._send(404)
+        elif found[2] == "tags":
+            self._tags(found[1])
+        elif found[2] == "manifests":
+            self._manifest(found[1], found[3])
+        elif found[3].startswith("uploads/"):
+            self._upload(found[1], found[3].removeprefix("uploads/"))
+        else:
+            self._blob(found[1], found[3], redirect=bool(self.server.elsewhere))
+
+    def _body(self) -> bytes:
+        left = int(self.handler.headers.get("Content-Length", 0))
+        if self.fault and self.fault.cut >= 0 and self.method in ("PATCH", "PUT"):
+            left = min(left, self.fault.cut)
+        data = self.handler.rfile.read(left)
+        headers = {name.lower(): value for name, value in self.handler.headers.items()}
+        self.server.requests.append(
+            Request(method=self.method, path=self.handler.path, headers=headers, length=len(data))
+        )
+        return data
+
+    def _send(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
+        if self.method in ("GET", "HEAD"):
+            self._body()
+        if self.fault and self.fault.wrong:
+            body = bytes([body[0] ^ 1]) + body[1:]
+        self.handler.send_response(status)
+        for name, value in (headers or {}).items():
+            self.handler.send_header(name, value)
+        if "Content-Length" not in (headers or {}):
+            self.handler.send_header("Content-Length", str(len(body)))
+        self.handler.end_headers()
+        if self.method == "HEAD":
+            return
+        if self.fault and self.fault.cut >= 0 and self.method == "GET":
+            self.handler.wfile.write(body[: self.fault.cut])
+            self.handler.close_connection = True
+            return
+        self.handler.wfile.write(body)
+
+    # Who may
+
+    def _allowed(self) -> bool:
+        server, given = self.server, self.handler.headers.get("Authorization", "")
+        if server.login is None or self.path.startswith("/elsewhere/"):
+            return True
+        if server.basic:
+            return given == _basic(server.login)
+        token = given.removeprefix("Bearer ")
+        with server._guard:
+            left = server.tokens.get(token, 0)
+            server.tokens[token] = left - 1
+        return left > 0
+
+    def _challenge(self) -> None:
+        value = (
+            'Basic realm="registry"'
+            if self.server.basic
+            else f'Bearer realm="http://{self.server.host}/token",service="drydock-test",scope="unused"'
+        )
+        self._send(401, {"WWW-Authenticate": value})
+
+    def _token(self) -> None:
+        assert self.server.login
+        if self.handler.headers.get("Authorization") != _basic(self.server.login):
+            self._send(401)
+            return
+        assert self.query["service"] == "drydock-test"
+        self.server.scopes.append(self.scopes)
+        token = uuid.uuid4().hex
+        self.server.tokens[token] = self.server.lifetime
+        self._send(200, body=json.dumps({"token": token}).encode())
+
+    # What is there
+
+    def _repository(self, name: str) -> Repository | None:
+        return self.server.repositories.get(name)
+
+    def _tags(self, name: str) -> None:
+        repository = self._repository(name)
+        if repository is None:
+            self._send(404)
+            return
+        tags = sorted(repository.tags)
+        start = tags.index(self.query["last"]) + 1 if "last" in self.query else 0
+        part = tags[start : start + self.server.page]
+        more = start + self.server.page < len(tags)
+        following = {"Link": f'</v2/{name}/tags/list?last={part[-1]}>; rel="next"'} if more else {}
+        self._send(200, following, json.dumps({"name": name, "tags": part or None}).encode())
+
+    def _manifest(self, name: str, reference: str) -> None:
+        if self.method == "PUT":
+            data = self._body()
+            repository = self.server.repositories.setdefault(name, Repository())
+            digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+            document = json.loads(data)
+            needed = [entry["digest"] for entry in (document["config"], *document["layers"])]
+            if any(blob not in repository.blobs for blob in needed):
+                error = {"errors": [{"code": "MANIFEST_BLOB_UNKNOWN", "message": "blob unknown"}]}
+                self._send(400, body=json.dumps(error).encode())
+                return
+            repository.manifests[digest] = data
+            repository.tags[reference] = digest
+            self._send(201, {"Docker-Content-Digest": digest})
+            return
+        there = self._repository(name) or Repository()
+        digest = there.tags.get(reference, reference)
+        if digest not in there.manifests:
+            self._send(404)
+            return
+        kind = json.loads(there.manifests[digest]).get("mediaType", "")
+        headers = {"Docker-Content-Digest": digest, "Content-Type": kind}
+        self._send(200, headers, there.manifests[digest])
+
+    def _blob(self, name: str, digest: str, *, redirect: bool) -> None:
+        data = (self._repository(name) or Repository()).blobs.get(digest)
+        if data is None:
+            self._send(404)
+        elif redirect:
+            self._send(307, {"Location": f"{self.server.elsewhere}/elsewhere/{name}/{digest}"})
+        elif self.method == "HEAD":
+            self._send(200, {"Content-Length": str(len(data))})
+        elif asked := re.fullmatch(r"bytes=(\d+)-", self.handler.headers.get("Range", "")):
+            start = int(asked[1])
+            self._send(206, {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}, data[start:])
+        else:
+            self._send(200, body=data)
+
+    def _upload(self, name: str, session: str) -> None:
+        server = self.server
+        if self.method == "POST":
+            self._body()
+            source = server.repositories.get(self.query.get("from", ""))
+            if source and self.query["mount"] in source.blobs:
+                target = server.repositories.setdefault(name, Repository())
+                target.blobs[self.query["mount"]] = source.blobs[self.query["mount"]]
+                self._send(201)
+                return
+            session = uuid.uuid4().hex
+            server.uploads[session] = bytearray()
+            self._send(202, {"Location": f"/v2/{name}/blobs/uploads/{session}?state=1"})
+            return
+        if self.fault and self.fault.forget:
+            server.uploads.pop(session, None)
+        if session not in server.uploads:
+            self._body()
+            self._send(404)
+            return
+        have = server.uploads[session]
+        where = {"Location": f"/v2/{name}/blobs/uploads/{session}?state=2"}
+        if self.method == "PATCH":
+            start = int(self.handler.headers["Content-Range"].partition("-")[0])
+            if start != len(have):
+                self._body()
+                self._send(416)
+                return
+            have += self._body()
+            if self.fault and self.fault.cut >= 0:
+                self.handler.close_connection = True
+                self.handler.connection.close()
+                return
+            self._send(202, {**where, "Range": f"0-{max(len(have) - 1, 0)}"})
+        elif self.method == "GET":
+            self._send(204, {**where, "Range": f"0-{max(len(have) - 1, 0)}"})
+        else:
+            have += self._body()
+            digest = f"sha256:{hashlib.sha256(have).hexdigest()}"
+            if digest != self.query["digest"]:
+                self._send(400, body=b'{"errors":[{"code":"DIGEST_INVALID","message":"digest invalid"}]}')
+                return
+            server.repositories.setdefault(name, Repository()).blobs[digest] = bytes(have)
+            del server.uploads[session]
+            self._send(201)
+
+
+def _basic(login: tuple[str, str]) -> str:
+    return f"Basic {base64.b64encode(':'.join(login).encode()).decode()}"
