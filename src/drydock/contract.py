@@ -2,8 +2,8 @@
 
 A bump that renames a flag or moves a class is found in seconds, with the line of ours that it breaks, and not after
 an image and a server have been started. Looked up are: Python symbols that are imported, attributes of imported
-modules, engine flags, environment variables and HTTP paths of the engine. Not looked up: what a call's parameters are
-called, attributes of objects, and keys of verl's configuration, which the trainer tier composes for real.
+modules, engine flags, environment variables and HTTP paths of the engine, and keys of verl's configuration. Not looked
+up: what a call's parameters are called, and attributes of objects.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import yaml
+
 from drydock.errors import DrydockError
 
-Kind = Literal["symbol", "flag", "variable", "path"]
+Kind = Literal["symbol", "flag", "variable", "path", "key"]
 
 OURS = ("tests/rollout", "tests/trainer", "tests/eplb", "src/drydock/server")
 PACKAGES = {"verl": "verl", "megatron": "megatron-core", "transfer_queue": "transferqueue"}
@@ -27,6 +29,17 @@ PACKAGES = {"verl": "verl", "megatron": "megatron-core", "transfer_queue": "tran
 FLAG = re.compile(r"--[a-z][a-z0-9]*(-[a-z0-9]+)*")
 VARIABLE = re.compile(r"(VLLM|SGLANG|VERL)_[A-Z0-9_]+")
 PATH = re.compile(r"/[a-z_]+(/[a-z_]+)*(\\?.*)?")
+GROUPS = (
+    "actor_rollout_ref", "algorithm", "critic", "data", "distillation", "ray_kwargs", "reward", "trainer",
+    "transfer_queue",
+)  # fmt: skip
+"""What verl's configuration of PPO and GRPO has at its top."""
+KEY = re.compile(rf"(\+?)((?:{'|'.join(GROUPS)})(?:\.[A-Za-z_]\w*)+)\.?(?:=.*)?")
+"""A key as hydra is given it; with a plus it is to be added, so that what it is added to must be there."""
+CONFIGURED = "config"
+"""The name under which our tests hold a composed configuration."""
+COMPOSED = "verl/trainer/config/_generated_ppo_trainer.yaml"
+"""verl's configuration with all its groups put together; its own checks keep it as hydra would compose it."""
 REFUSED = "contract: refused"
 """In a comment on a line of ours: it names what must not be there."""
 OWN = re.compile(r"^# contract: ([a-z]+)$", re.MULTILINE)
@@ -45,7 +58,9 @@ class Use:
 
     def missing(self, version: str) -> str:
         """The line that says it is not there."""
-        thing = {"symbol": "", "flag": "flag ", "variable": "variable ", "path": "path "}[self.kind]
+        thing = {"symbol": "", "flag": "flag ", "variable": "variable ", "path": "path ", "key": "key "}[
+            self.kind
+        ]
         name = self.name.replace(":", ".").removesuffix(".")
         return f"{self.file}:{self.line}: {self.package} {version} has no {thing}{name}"
 
@@ -143,6 +158,9 @@ class _Reader(ast.NodeVisitor):
         elif isinstance(value, ast.Name) and value.id in self.modules:
             # Of a class this says nothing: it is looked up only where it turns out to be a module.
             self._symbol(node, self.modules[value.id], node.attr)
+        elif (key := _chain(node)) and KEY.fullmatch(key):
+            self._use(node, "verl", "key", key)
+            return  # what it is a part of is not used by itself
         self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> None:
@@ -153,11 +171,25 @@ class _Reader(ast.NodeVisitor):
             self._use(node, self.engine, "flag", node.value)
         elif (found := VARIABLE.fullmatch(node.value)) and found[1].lower() in self.packages:
             self._use(node, found[1].lower(), "variable", node.value)
+        elif found := KEY.fullmatch(node.value):
+            # An f-string's text ends before the name that varies.
+            whole = not found[1] or node.value.endswith(".")
+            key = found[2] if whole else found[2].rpartition(".")[0]
+            self._use(node, "verl", "key", key)
 
 
 def _called(node: ast.Call) -> str:
     function = node.func
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def _chain(node: ast.expr) -> str:
+    """`a.b` of `config.a.b`, where `config` is a composed configuration."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.insert(0, node.attr)
+        node = node.value
+    return ".".join(names) if isinstance(node, ast.Name) and node.id == CONFIGURED else ""
 
 
 def _text(nodes: list[ast.expr]) -> str:
@@ -212,6 +244,8 @@ class Wheel:
             return self._has_symbol(module, name, frozenset())
         if use.kind == "variable":
             return use.name in _words(self, use.package)
+        if use.kind == "key":
+            return use.name in _keys(self)
         if use.kind == "path":
             return use.name in _strings(self, f"{use.package}/")
         flags = _flags(self, use.package)
@@ -328,6 +362,22 @@ def _words(wheel: Wheel, package: str) -> frozenset[str]:
         found |= set(
             re.findall(rf"^\s+({package.upper()}_[A-Z0-9_]+)\s*[:=]", wheel.source(file), re.MULTILINE)
         )
+    return frozenset(found)
+
+
+@cache
+def _keys(wheel: Wheel) -> frozenset[str]:
+    """The keys of verl's composed configuration, groups and values alike."""
+    if COMPOSED not in wheel._names:
+        return frozenset()
+    found: set[str] = set()
+    waiting: list[tuple[str, Any]] = [("", yaml.safe_load(wheel.source(COMPOSED)))]
+    while waiting:
+        above, value = waiting.pop()
+        if isinstance(value, dict):
+            inner = [(f"{above}.{key}" if above else str(key), each) for key, each in value.items()]
+            found |= {key for key, _ in inner}
+            waiting += inner
     return frozenset(found)
 
 

@@ -81,7 +81,10 @@ def test_every_override_is_one_that_verl_has(config: DictConfig, run: Run) -> No
 
 
 @pytest.mark.usefixtures("configured")
-@pytest.mark.parametrize("wrong", ["trainer.total_steps=1", "actor_rollout_ref.rollout.samples=8"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["trainer.total_steps=1", "actor_rollout_ref.rollout.samples=8"],  # contract: refused
+)
 def test_an_override_that_verl_does_not_have_is_refused(run: Run, wrong: str) -> None:
     with pytest.raises(HydraException):
         compose("ppo_trainer", overrides=[*run.overrides, wrong])

@@ -143,6 +143,57 @@ def test_an_engine_s_own_class_and_file_are_looked_up_for_it_alone(engine: Wheel
         assert sorted(line.rpartition(" ")[2] for line in missing) == ["--no-such", "/nowhere"]
 
 
+CONFIGURATION = {
+    "verl/__init__.py": "",
+    "verl/trainer/config/_generated_ppo_trainer.yaml": """
+        actor_rollout_ref:
+          rollout:
+            n: 1
+            sampling: {}
+        ray_kwargs:
+          ray_init:
+            num_cpus: null
+        trainer:
+          logger: [console]
+    """,
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "overrides = ['actor_rollout_ref.rollout.n=5', 'trainer.logger']",
+        "overrides = ['+actor_rollout_ref.rollout.sampling.top_k=5']",
+        "overrides = [f'+ray_kwargs.ray_init.{name}=1' for name in names]",
+        "assert config.actor_rollout_ref.rollout.n > 1",
+        "overrides = ['trainer.loggers=1']  # contract: refused",
+        "other.trainer.loggers",
+    ],
+)
+def test_keys_of_verls_configuration_that_are_there_are_found(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "verl.whl", CONFIGURATION)
+    wheels = {"verl": Wheel("1.0", tmp_path / "verl.whl")}
+    assert check(used(tmp_path, text, "tests/trainer/test_a.py"), wheels) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("overrides = ['actor_rollout_ref.rollout.samples=5']", "actor_rollout_ref.rollout.samples"),
+        ("overrides = ['+actor_rollout_ref.options.top_k=5']", "actor_rollout_ref.options"),
+        ("overrides = [f'+ray_kwargs.init.{name}=1' for name in names]", "ray_kwargs.init"),
+        ("assert config.trainer.loggers", "trainer.loggers"),
+        ("overrides = {'trainer.logger.level': 1}", "trainer.logger.level"),
+    ],
+)
+def test_keys_that_verl_lacks_are_named_with_our_line(tmp_path: Path, text: str, key: str) -> None:
+    write(tmp_path / "verl.whl", CONFIGURATION)
+    wheels = {"verl": Wheel("1.0", tmp_path / "verl.whl")}
+    assert check(used(tmp_path, text, "tests/trainer/test_a.py"), wheels) == [
+        f"tests/trainer/test_a.py:1: verl 1.0 has no key {key}"
+    ]
+
+
 def test_a_package_that_the_image_lacks_is_one_line(engine: Wheel, tmp_path: Path) -> None:
     with pytest.raises(DrydockError, match="uses verl, which the image does not have"):
         check(used(tmp_path, "import verl.trainer"), {"vllm": engine})
@@ -157,5 +208,6 @@ def test_the_tiers_of_this_checkout_use_a_good_deal() -> None:
     assert ("path", "/wake_up") in names
     assert ("symbol", "vllm.config.parallel:EPLBConfig") in names
     assert ("symbol", "verl.trainer.ppo.core_algos:agg_loss") in names
+    assert ("key", "actor_rollout_ref.rollout.n") in names
     assert ("flag", "--no-such-flag") not in names
     assert len(found) > 150
