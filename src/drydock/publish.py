@@ -248,8 +248,7 @@ class _Taker:
         """The image and its manifest's bytes; its config is in the store then."""
 
         def one(client: Client) -> tuple[Built, bytes]:
-            repository = client.registry.repository(self.name)
-            data, kind = client.manifest(repository, digest)
+            data, kind = client.manifest(client.registry.repository(self.name), digest)
             manifest = _json(data)
             if manifest.get("mediaType", kind) != MANIFEST:
                 raise Refused(f"{client.registry} has {manifest.get('mediaType', kind)} under that digest")
@@ -263,6 +262,14 @@ class _Taker:
             document = _json(self.store.path(config_digest).read_bytes())
             return read_manifest(self.name, digest, manifest, document), data
 
+        if self.store.has(digest):
+            data = self.store.path(digest).read_bytes()
+            manifest = _json(data)
+            config = str(manifest.get("config", {}).get("digest", "")).removeprefix("sha256:")
+            if sha256(data).hexdigest() == digest and self.store.has(config):
+                return read_manifest(
+                    self.name, digest, manifest, _json(self.store.path(config).read_bytes())
+                ), data
         return self._first(one, f"sha256:{digest}")
 
     def take(self, digest: str, size: int) -> None:

@@ -146,6 +146,8 @@ def test_what_is_pushed_is_pulled_and_is_the_same_image(
     is_clean(other)
     again = take(checkout, other, f"{server.host}/team")[1]
     assert (again.present, again.received) == (3, 0)
+    # What is there needs no network.
+    assert take(checkout, other, "127.0.0.1:1")[0] == built
 
 
 def test_a_second_push_sends_nothing_and_makes_no_tag(
