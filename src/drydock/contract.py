@@ -34,7 +34,7 @@ GROUPS = (
     "transfer_queue",
 )  # fmt: skip
 """What verl's configuration of PPO and GRPO has at its top."""
-KEY = re.compile(rf"(\+?)((?:{'|'.join(GROUPS)})(?:\.[A-Za-z_]\w*)+)\.?(?:=.*)?")
+KEY = re.compile(rf"(\+{{0,2}}|~)((?:{'|'.join(GROUPS)})(?:\.[A-Za-z_]\w*)+)(\.$|=.*)?", re.DOTALL)
 """A key as hydra is given it; with a plus it is to be added, so that what it is added to must be there."""
 CONFIGURED = "config"
 """The name under which our tests hold a composed configuration."""
@@ -171,11 +171,24 @@ class _Reader(ast.NodeVisitor):
             self._use(node, self.engine, "flag", node.value)
         elif (found := VARIABLE.fullmatch(node.value)) and found[1].lower() in self.packages:
             self._use(node, found[1].lower(), "variable", node.value)
-        elif found := KEY.fullmatch(node.value):
-            # An f-string's text ends before the name that varies.
-            whole = not found[1] or node.value.endswith(".")
-            key = found[2] if whole else found[2].rpartition(".")[0]
-            self._use(node, "verl", "key", key)
+        elif (found := KEY.fullmatch(node.value)) and (found[1] or found[3]):
+            self._key(node)
+
+    def visit_Dict(self, node: ast.Dict) -> None:
+        for key in node.keys:
+            # Elsewhere a text without a value may as well be a file's name.
+            if isinstance(key, ast.Constant) and isinstance(key.value, str) and not key.value.endswith("="):
+                found = KEY.fullmatch(key.value)
+                if found and not (found[1] or found[3]):
+                    self._key(key)
+        self.generic_visit(node)
+
+    def _key(self, node: ast.Constant) -> None:
+        found = KEY.fullmatch(str(node.value))
+        assert found
+        # What is added must have somewhere to be added to; an f-string's text ends before the name that varies.
+        whole = not found[1].startswith("+") or found[3] == "."
+        self._use(node, "verl", "key", found[2] if whole else found[2].rpartition(".")[0])
 
 
 def _called(node: ast.Call) -> str:
@@ -189,6 +202,8 @@ def _chain(node: ast.expr) -> str:
     while isinstance(node, ast.Attribute):
         names.insert(0, node.attr)
         node = node.value
+    # A dictionary's own methods are no keys.
+    names = names[:-1] if names and names[-1] in ("get", "items", "keys", "pop", "values") else names
     return ".".join(names) if isinstance(node, ast.Name) and node.id == CONFIGURED else ""
 
 

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -95,6 +95,8 @@ def push(
     """
     began = time.monotonic()
     repository = registry.repository(built.name)
+    if not (store.has(built.config_digest) and store.has(built.digest)):
+        raise DrydockError(f"config or manifest of {built.name} is gone from {store.root}: build it again")
     sizes = {built.config_digest: store.path(built.config_digest).stat().st_size}
     sizes |= {layer.digest: layer.size for layer in built.layers}
     counts = {"there": 0, "mounted": 0, "uploaded": 0, "sent": 0}
@@ -108,12 +110,19 @@ def push(
 
         def one(digest: str) -> None:
             title = digest[:12]
+            key = sha256(f"{registry.url}{repository}@{digest}".encode()).hexdigest()[:32]
             progress.start(title)
+            # Another push of the same would otherwise go on with this one's session.
+            with store.lock(f"push-{key[:16]}"):
+                send(digest, key)
+            progress.done(title)
+
+        def send(digest: str, key: str) -> None:
             if client.has_blob(repository, digest, sizes[digest]):
+                store.drop_record("uploads", key)
                 progress.advance(sizes[digest])
                 count("there")
             else:
-                key = sha256(f"{registry.url}{repository}@{digest}".encode()).hexdigest()[:32]
 
                 def keep(location: str | None) -> None:
                     if location:
@@ -139,7 +148,6 @@ def push(
                 else:
                     count("uploaded")
                     count("sent", sent)
-            progress.done(title)
 
         # The largest first, so that none of them ends alone.
         crew.run(sorted(sizes, key=lambda digest: -sizes[digest]), one)
@@ -355,7 +363,10 @@ def _json(data: bytes) -> dict[str, Any]:
 
 def _check_room(store: Store, missing: Mapping[str, int]) -> None:
     parts = {digest: store.tmp / f"{digest}.part" for digest in missing}
-    there = sum(path.stat().st_size for path in parts.values() if path.exists())
+    there = 0
+    for path in parts.values():
+        with suppress(FileNotFoundError):  # another pull may just have completed it
+            there += path.stat().st_size
     needed, free = sum(missing.values()) - there, shutil.disk_usage(store.root).free
     if needed > free:
         raise OutOfSpace(

@@ -47,6 +47,10 @@ LARGEST_MANIFEST = 4 << 20
 """Bytes; a registry need not take a larger one, and none is read further."""
 MOST_TAGS = 1000
 """Tags of one page; a registry may give fewer and says where to go on."""
+PIECE = 64 << 20
+"""Bytes of one request of an upload. Debian's registry forgets all of a request that breaks off."""
+COMMIT_SECONDS = 1800.0
+"""The answer to an upload's end may take as long as the registry's storage takes to copy and hash gigabytes."""
 
 
 class Registry(NamedTuple):
@@ -70,6 +74,7 @@ class Registry(NamedTuple):
         scheme, separator, rest = text.partition("://")
         rest = rest if separator else text
         host, _, prefix = rest.strip("/").partition("/")
+        host = host.lower()
         scheme = scheme if separator else "http" if _loopback(host) else "https"
         known = scheme in ("http", "https") and re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?", host)
         part = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"  # as the distribution specification has it
@@ -81,6 +86,11 @@ class Registry(NamedTuple):
     def url(self) -> str:
         """Where its API is."""
         return f"{self.scheme}://{self.host}/v2/"
+
+    @property
+    def local(self) -> bool:
+        """Whether it is this machine, to which no proxy leads."""
+        return _loopback(self.host)
 
     def repository(self, image: str) -> str:
         """The name of an image's repository there."""
@@ -107,12 +117,13 @@ def credentials(host: str, environ: Mapping[str, str]) -> tuple[str, str] | None
     path = folder / "config.json"
     try:
         document = json.loads(path.read_text())
-        helper = document.get("credHelpers", {}).get(host)
+        helper = document.get("credHelpers", {}).get(host) or document.get("credsStore")
+        if helper and (found := _from_helper(helper, host)):
+            return found
         auths = document.get("auths", {})
         entry = auths.get(host) or auths.get(f"https://{host}") or {}
-        helper = helper or (document.get("credsStore") if host in auths else None)
-        if helper:
-            return _from_helper(helper, host)
+        if entry.get("identitytoken"):
+            raise _identity_token(host)
         if entry.get("auth"):
             user, _, password = base64.b64decode(entry["auth"], validate=True).decode().partition(":")
             return user, password.strip("\0")
@@ -120,7 +131,7 @@ def credentials(host: str, environ: Mapping[str, str]) -> tuple[str, str] | None
             return entry["username"], entry.get("password", "")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError, TypeError, binascii.Error) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, binascii.Error) as error:
         raise DrydockError(f"{path} cannot be read ({error}): run `docker login {host}` again") from error
     return None
 
@@ -138,11 +149,27 @@ def _from_helper(helper: str, host: str) -> tuple[str, str] | None:
     if done.returncode:
         return None  # it has none
     answer = json.loads(done.stdout)
+    if answer["Username"] == "<token>":
+        raise _identity_token(host)
     return answer["Username"], answer["Secret"]
+
+
+def _identity_token(host: str) -> DrydockError:
+    return DrydockError(
+        f"the login for {host} is an identity token, which drydock cannot use: log in with a user and an access token"
+    )
 
 
 class Missing(DrydockError):
     """The registry does not have it."""
+
+
+class Rejected(DrydockError):
+    """The registry does not take or give it, and says so; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Refused(DrydockError):
@@ -174,8 +201,10 @@ class Client:
         self._stop = stop or threading.Event()
         self._note = note
         self._authorization: dict[str, str] = {}
+        self._dead: DrydockError | None = None
         self._client = httpx.Client(
             verify=tls,
+            trust_env=not registry.local,
             timeout=self._patience.timeout,
             limits=httpx.Limits(max_connections=2 * CONNECTIONS, max_keepalive_connections=CONNECTIONS),
             headers={"User-Agent": "drydock", "Accept-Encoding": "identity"},
@@ -204,13 +233,10 @@ class Client:
 
         def once() -> tuple[bytes, str]:
             url = f"{self.registry.url}{repository}/manifests/sha256:{digest}"
-            with self._ask("GET", url, pull(repository), headers={"Accept": ", ".join(ACCEPTED)}) as response:
+            headers = {"Accept": ", ".join(ACCEPTED)}
+            with self._ask("GET", url, pull(repository), headers=headers, follow=True) as response:
                 self._expect(response, (200,), f"{repository}@sha256:{digest}")
-                data = b""
-                for chunk in response.iter_raw():
-                    data += chunk
-                    if len(data) > LARGEST_MANIFEST:
-                        break
+                data = _small(response, LARGEST_MANIFEST)
                 return data, response.headers.get("Content-Type", "").partition(";")[0]
 
         data, kind = self._insist(once)
@@ -224,11 +250,16 @@ class Client:
         def once() -> str | None:
             url = f"{self.registry.url}{repository}/manifests/{tag}"
             headers = {"Accept": ", ".join(ACCEPTED)}
-            with self._ask("HEAD", url, pull(repository), headers=headers) as response:
+            with self._ask("HEAD", url, pull(repository), headers=headers, follow=True) as response:
                 if response.status_code == 404:
                     return None
                 self._expect(response, (200,), f"{repository}:{tag}")
-                return _digest(response.headers.get("Docker-Content-Digest", ""))
+                if found := _digest(response.headers.get("Docker-Content-Digest", "")):
+                    return found
+            # The header is no duty.
+            with self._ask("GET", url, pull(repository), headers=headers, follow=True) as response:
+                self._expect(response, (200,), f"{repository}:{tag}")
+                return hashlib.sha256(_small(response, LARGEST_MANIFEST)).hexdigest()
 
         return self._insist(once)
 
@@ -236,11 +267,13 @@ class Client:
         """All tags of a repository; none where there is no repository."""
         found: list[str] = []
         url: str | None = f"{self.registry.url}{repository}/tags/list?n={MOST_TAGS}"
-        while url:
+        seen: set[str] = set()
+        while url and url not in seen:
             page = url
+            seen.add(page)
 
             def once(page: str = page) -> tuple[list[str], str | None]:
-                with self._ask("GET", page, pull(repository)) as response:
+                with self._ask("GET", page, pull(repository), follow=True) as response:
                     if response.status_code == 404:
                         return [], None
                     self._expect(response, (200,), f"the tags of {repository}")
@@ -262,7 +295,7 @@ class Client:
             url = f"{self.registry.url}{repository}/manifests/{tag}"
             headers = {"Content-Type": kind}
             with self._ask("PUT", url, push(repository), headers=headers, content=data) as response:
-                self._expect(response, (201,), f"{repository}:{tag}")
+                self._expect(response, (201,), f"{repository}:{tag}", writing=True)
 
         self._insist(once)
 
@@ -277,7 +310,8 @@ class Client:
                 if response.status_code == 404:
                     return False
                 self._expect(response, (200,), f"{repository}@sha256:{digest}")
-                return bool(response.headers.get("Content-Length") == str(size))
+                # A proxy may leave the length out.
+                return bool(response.headers.get("Content-Length", str(size)) == str(size))
 
         return self._insist(once)
 
@@ -370,19 +404,33 @@ class Client:
         headers: Mapping[str, str] | None = None,
         content: bytes | Iterator[bytes] | None = None,
         follow: bool = False,
+        seconds: float | None = None,
     ) -> Iterator[httpx.Response]:
-        """A response whose body is still to be read; authorized, if the registry asks for it and we can."""
+        """A response whose body is still to be read; authorized, if the registry asks for it and we can.
+
+        Parameters:
+            seconds: how long the answer may take; the patience's by default.
+        """
         key = " ".join(scopes)
+        if self.registry.scheme == "https" and urlsplit(url).scheme != "https":
+            raise DrydockError(
+                f"{self.registry.host} leads to {host_of(url)} without TLS: refused; a proxy in front of it may not "
+                "tell it that it is asked over TLS (X-Forwarded-Proto)"
+            )
+        timeout = self._patience.timeout
+        if seconds:
+            timeout.read = seconds
         for again in (True, False):
             known = {"Authorization": self._authorization[key]} if key in self._authorization else {}
             # A host that an upload or a page leads to gets no password of this registry.
-            known = known if host_of(url) == self.registry.host else {}
+            known = known if self._ours(url) else {}
             request = self._client.build_request(
-                method, url, headers={**(headers or {}), **known}, content=content
+                method, url, headers={**(headers or {}), **known}, content=content, timeout=timeout
             )
             response = self._client.send(request, stream=True, follow_redirects=follow)
             try:
-                if response.status_code != 401 or not again or host_of(url) != self.registry.host:
+                # Not of the host that a redirect led to: what that one asks for is not for it to have.
+                if response.status_code != 401 or not again or not self._ours(str(response.url)):
                     yield response
                     return
                 response.read()
@@ -391,6 +439,11 @@ class Client:
                     raise Again(f"{self.registry.host} asked for a new token")
             finally:
                 response.close()
+
+    def _ours(self, url: str) -> bool:
+        """Whether an address is this registry's own: scheme, host and port."""
+        here, there = httpx.URL(self.registry.url), httpx.URL(url)
+        return (here.scheme, here.host, here.port) == (there.scheme, there.host, there.port)
 
     def _authorize(self, challenge: str, scopes: Sequence[str]) -> None:
         kind, _, rest = challenge.partition(" ")
@@ -428,26 +481,43 @@ class Client:
             f"{self.registry.host} {why}: run `docker login {self.registry.host}`, or ask who runs it for access"
         )
 
-    def _expect(self, response: httpx.Response, statuses: Sequence[int], what: str) -> None:
-        """Nothing for one of these statuses, else what the other one means."""
+    def _expect(
+        self, response: httpx.Response, statuses: Sequence[int], what: str, writing: bool = False
+    ) -> None:
+        """Nothing for one of these statuses, else what the other one means; `writing` is what a push does."""
         status = response.status_code
         if status in statuses:
             return
         host = host_of(str(response.url))
         if status in (408, 425, 429) or status >= 500:
             raise Again(f"{host} answers {status}", retry_after(response.headers.get("Retry-After", "")))
+        if writing and status in (403, 404):
+            raise Rejected(
+                f"{host} answers {status} for {what}{_said(response)}: create the repository there, or get the right "
+                f"to push (`docker login {self.registry.host}`)",
+                status,
+            )
         if status in (404, 410):
             raise Missing(f"{what} is not on {self.registry.host}")
         if status in (401, 403):
-            raise self._denied(f"denies {what} ({status})")
-        raise DrydockError(f"{host} answers {status} for {what}{_said(response)}")
+            raise self._denied(f"denies {what} ({status}){_said(response)}")
+        raise Rejected(f"{host} answers {status} for {what}{_said(response)}", status)
 
     def _insist(self, once: Callable[[], Result], reached: Callable[[], int] = lambda: 0) -> Result:
+        if self._dead:
+            raise self._dead
         try:
             return insist(once, self.registry.url, self._patience, self._stop, self._note, reached)
         except GaveUp as error:
             advice = "check the address, the network and the proxy"
-            raise DrydockError(f"{self.registry}: {error.reason}: {advice}") from error
+            failure = DrydockError(f"{self.registry}: {error.reason}: {advice}")
+            if error.because in ("unreached", "certificate"):
+                self._dead = failure  # it is not asked again for each of a hundred blobs
+            raise failure from error
+
+
+class _Closed(Exception):
+    """The blob is there: what is gone is only the session that brought it."""
 
 
 @dataclass
@@ -468,19 +538,46 @@ class _Upload:
     asked: bool = False
     """Whether that is all."""
     sent: int = 0
+    scopes: tuple[str, ...] = ()
+    """Those with which the session was opened: a token for them is there."""
+    resumed: bool = False
+    """Whether the session is an earlier run's."""
 
     @property
     def what(self) -> str:
         return f"{self.repository}@sha256:{self.digest}"
 
     def run(self, mount: Sequence[str]) -> int | None:
-        if self.location is None and self.client._insist(lambda: self._begin(mount)):
+        self.scopes = tuple(push(self.repository))
+        self.resumed = self.location is not None
+        if not self.resumed and self._mounted(mount):
             return None
-        self.client._insist(self._go_on, lambda: self.confirmed)
+        with contextlib.suppress(_Closed):
+            self.client._insist(self._go_on, lambda: self.confirmed)
         return self.sent
 
-    def _scopes(self, mount: Sequence[str] = ()) -> list[str]:
-        return [*push(self.repository), *(scope for other in mount for scope in pull(other))]
+    def _mounted(self, mount: Sequence[str]) -> bool:
+        """Whether it could be had from another repository there; a failure to do so is not one of the push."""
+        for other in mount:
+            with contextlib.suppress(DrydockError):
+                if self.client.has_blob(other, self.digest, self.path.stat().st_size):
+                    return self.client._insist(lambda other=other: self._mount(other))  # type: ignore[misc]
+        return False
+
+    def _mount(self, other: str) -> bool:
+        url = f"{self.client.registry.url}{self.repository}/blobs/uploads/"
+        query = httpx.QueryParams({"mount": f"sha256:{self.digest}", "from": other})
+        scopes = (*push(self.repository), *pull(other))
+        with self.client._ask("POST", f"{url}?{query}", scopes, content=b"") as response:
+            if response.status_code == 201:
+                self.advance(self.path.stat().st_size)
+                return True
+            # 202: it does not mount, and opened a session to send the blob in.
+            self.client._expect(response, (202,), self.what, writing=True)
+            self.scopes = scopes
+            self._at(response)
+        self.asked = True
+        return False
 
     def _at(self, response: httpx.Response) -> None:
         location = response.headers.get("Location", "")
@@ -489,61 +586,66 @@ class _Upload:
         self.location = urljoin(str(response.url), location)
         self.keep(self.location)
 
-    def _begin(self, mount: Sequence[str]) -> bool:
-        """Open a session; whether there is no need to, since another repository had the blob."""
+    def _begin(self) -> None:
+        """Open a session."""
         url = f"{self.client.registry.url}{self.repository}/blobs/uploads/"
-        for other in mount:
-            query = httpx.QueryParams({"mount": f"sha256:{self.digest}", "from": other})
-            with self.client._ask("POST", f"{url}?{query}", self._scopes(mount)) as response:
-                if response.status_code == 201:
-                    self.advance(self.path.stat().st_size)
-                    return True
-                # 202: it has none there and opened a session. Anything else is about the other repository.
-                if response.status_code == 202:
-                    self._at(response)
-                    self.asked = True
-                    return False
-        with self.client._ask("POST", url, self._scopes(), content=b"") as response:
-            self.client._expect(response, (202,), self.what)
+        self.scopes = tuple(push(self.repository))
+        with self.client._ask("POST", url, self.scopes, content=b"") as response:
+            self.client._expect(response, (202,), self.what, writing=True)
             self._at(response)
         self.asked = True
-        return False
 
     def _go_on(self) -> None:
         """Send what the registry lacks, and close the session."""
         if self.location is None:
-            self._begin(())
+            self._begin()
         if not self.asked:
             self._status()
         size = self.path.stat().st_size
         assert self.location
-        # Until the registry says otherwise, nobody knows how much of what follows arrived.
-        self.asked = False
-        if self.there < size:
+        while self.there < size:
+            end = min(self.there + PIECE, size)
             headers = {
                 "Content-Type": "application/octet-stream",
-                "Content-Length": str(size - self.there),
-                "Content-Range": f"{self.there}-{size - 1}",
+                "Content-Length": str(end - self.there),
+                "Content-Range": f"{self.there}-{end - 1}",
             }
+            # Until the registry says otherwise, nobody knows how much of it arrived.
+            self.asked = False
             with self.client._ask(
-                "PATCH", self.location, self._scopes(), headers=headers, content=self._rest()
+                "PATCH", self.location, self.scopes, headers=headers, content=self._piece(end)
             ) as response:
-                if response.status_code in (404, 416):
-                    self._lost()
-                self.client._expect(response, (202, 204), self.what)
+                self._accepted(response, (202, 204))
                 self._at(response)
+            self.confirmed, self.asked = self.there, True
+        self.asked = False
         joint = "&" if urlsplit(self.location).query else "?"
         url = f"{self.location}{joint}{httpx.QueryParams({'digest': f'sha256:{self.digest}'})}"
-        with self.client._ask("PUT", url, self._scopes(), content=b"") as response:
-            if response.status_code == 404:
-                self._lost()
-            self.client._expect(response, (201, 204), self.what)
+        with self.client._ask("PUT", url, self.scopes, content=b"", seconds=COMMIT_SECONDS) as response:
+            self._accepted(response, (201, 204))
         self.keep(None)
 
-    def _rest(self) -> Iterator[bytes]:
+    def _accepted(self, response: httpx.Response, statuses: Sequence[int]) -> None:
+        """Nothing for one of these statuses. A session that the registry rejects is not gone on with, by nobody."""
+        status = response.status_code
+        if status in (404, 410, 416) or (status == 400 and self.resumed):
+            self._lost()
+        try:
+            self.client._expect(response, statuses, self.what, writing=True)
+        except Rejected as error:
+            self.keep(None)
+            with self.path.open("rb") as file:
+                right = hashlib.file_digest(file, "sha256").hexdigest() == self.digest
+            if status == 400 and not right:
+                raise DrydockError(
+                    f"the blob sha256:{self.digest} is damaged in the store: remove {self.path} and build again"
+                ) from error
+            raise
+
+    def _piece(self, end: int) -> Iterator[bytes]:
         with self.path.open("rb") as file:
             file.seek(self.there)
-            while data := file.read(CHUNK):
+            while data := file.read(min(CHUNK, end - self.there)):
                 if self.client._stop.is_set():
                     raise Stopped
                 yield data
@@ -554,7 +656,8 @@ class _Upload:
     def _status(self) -> None:
         """Ask how much has arrived."""
         assert self.location
-        with self.client._ask("GET", self.location, self._scopes()) as response:
+        with self.client._ask("GET", self.location, self.scopes) as response:
+            # Gone; or closed, since the answer that said so was lost on its way.
             if response.status_code in (400, 404, 405, 410):
                 self._lost()
             self.client._expect(response, (204, 200), self.what)
@@ -568,8 +671,11 @@ class _Upload:
     def _lost(self) -> None:
         """The session is gone: from the beginning."""
         self.advance(-self.there)
-        self.there, self.location, self.asked = 0, None, False
+        self.there, self.location, self.asked, self.resumed = 0, None, False, False
         self.keep(None)
+        if self.client.has_blob(self.repository, self.digest, self.path.stat().st_size):
+            self.advance(self.path.stat().st_size)
+            raise _Closed
         raise Again(f"{self.client.registry.host} has forgotten the upload")
 
 
@@ -581,6 +687,16 @@ def pull(repository: str) -> list[str]:
 def push(repository: str) -> list[str]:
     """The scope of a token that may read and write."""
     return [f"repository:{repository}:pull,push"]
+
+
+def _small(response: httpx.Response, most: int) -> bytes:
+    """A body that fits into memory; of a longer one a little more than that."""
+    data = b""
+    for chunk in response.iter_raw():
+        data += chunk
+        if len(data) > most:
+            break
+    return data
 
 
 def _digest(text: str) -> str | None:

@@ -119,7 +119,9 @@ def insist(
                 reason = f"{host} has an untrusted certificate: set SSL_CERT_FILE to its authority's"
                 raise GaveUp(reason, "certificate") from error
             connected = not isinstance(error, UNREACHED)
-            reason = f"{host} {'broke off' if connected else 'cannot be reached'} ({plain(error)})"
+            # A redirect or a token's address may have led to another host.
+            asked = host_of(str(error.request.url)) if _has_request(error) else host
+            reason = f"{asked} {'broke off' if connected else 'cannot be reached'} ({plain(error)})"
         if reached() >= best + CHUNK:
             tries, best = 0, reached()
         tries += 1
@@ -229,6 +231,10 @@ class Crew:
 def host_of(url: str) -> str:
     """Host and port of an address, without credentials."""
     return urlsplit(redact(url)).netloc
+
+
+def _has_request(error: httpx.TransportError) -> bool:
+    return getattr(error, "_request", None) is not None
 
 
 def plain(error: Exception) -> str:

@@ -26,7 +26,8 @@ class Fault:
     """What happens to the next request of that method whose path holds `path`, once (`always`: each time).
 
     `status` answers so at once; `cut` closes the connection after so many bytes of the body, in either direction;
-    `wrong` serves the body with one byte changed; `forget` loses the upload session.
+    `wrong` serves the body with one byte changed; `forget` loses the upload session; `silent` does what is asked and
+    closes the connection without an answer.
     """
 
     method: str
@@ -36,6 +37,7 @@ class Fault:
     cut: int = -1
     wrong: bool = False
     forget: bool = False
+    silent: bool = False
     always: bool = False
 
 
@@ -75,6 +77,10 @@ class RegistryServer:
         self.scopes: list[list[str]] = []
         self.elsewhere = ""
         self.page = 2
+        self.digests = True
+        self.mounts = True
+        self.steals = ""
+        """An address that what is redirected to asks for a password at."""
         self._guard = threading.Lock()
         server = self
 
@@ -141,11 +147,14 @@ class _Exchange:
             self._send(self.fault.status, self.fault.headers)
             return
         if not self._allowed():
-            self._body()
             self._challenge()
+            # As registries do, without reading what follows.
+            self.handler.close_connection = True
             return
         found = re.fullmatch(r"/v2/(.+?)/(manifests|blobs|tags|uploads)/(.*)", self.path)
-        if self.path.startswith("/elsewhere/"):
+        if self.path.startswith("/elsewhere/") and self.server.steals:
+            self._send(401, {"WWW-Authenticate": f'Bearer realm="{self.server.steals}",service="x"'})
+        elif self.path.startswith("/elsewhere/"):
             self._blob(self.path.split("/")[2], self.path.split("/")[3], redirect=False)
         elif not found:
             self._send(404)
@@ -259,7 +268,9 @@ class _Exchange:
             self._send(404)
             return
         kind = json.loads(there.manifests[digest]).get("mediaType", "")
-        headers = {"Docker-Content-Digest": digest, "Content-Type": kind}
+        headers = {"Content-Type": kind}
+        if self.server.digests:
+            headers["Docker-Content-Digest"] = digest
         self._send(200, headers, there.manifests[digest])
 
     def _blob(self, name: str, digest: str, *, redirect: bool) -> None:
@@ -281,7 +292,7 @@ class _Exchange:
         if self.method == "POST":
             self._body()
             source = server.repositories.get(self.query.get("from", ""))
-            if source and self.query["mount"] in source.blobs:
+            if source and server.mounts and self.query["mount"] in source.blobs:
                 target = server.repositories.setdefault(name, Repository())
                 target.blobs[self.query["mount"]] = source.blobs[self.query["mount"]]
                 self._send(201)
@@ -320,6 +331,10 @@ class _Exchange:
                 return
             server.repositories.setdefault(name, Repository()).blobs[digest] = bytes(have)
             del server.uploads[session]
+            if self.fault and self.fault.silent:
+                self.handler.close_connection = True
+                self.handler.connection.close()
+                return
             self._send(201)
 
 

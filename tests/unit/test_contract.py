@@ -162,7 +162,9 @@ CONFIGURATION = {
 @pytest.mark.parametrize(
     "text",
     [
-        "overrides = ['actor_rollout_ref.rollout.n=5', 'trainer.logger']",
+        "overrides = ['actor_rollout_ref.rollout.n=5', '++trainer.new=1', '~trainer.logger']",
+        "files = ['trainer.log', 'data.parquet']",
+        "assert config.trainer.get('loggers')",
         "overrides = ['+actor_rollout_ref.rollout.sampling.top_k=5']",
         "overrides = [f'+ray_kwargs.ray_init.{name}=1' for name in names]",
         "assert config.actor_rollout_ref.rollout.n > 1",
@@ -182,6 +184,7 @@ def test_keys_of_verls_configuration_that_are_there_are_found(tmp_path: Path, te
         ("overrides = ['actor_rollout_ref.rollout.samples=5']", "actor_rollout_ref.rollout.samples"),
         ("overrides = ['+actor_rollout_ref.options.top_k=5']", "actor_rollout_ref.options"),
         ("overrides = [f'+ray_kwargs.init.{name}=1' for name in names]", "ray_kwargs.init"),
+        ("overrides = ['~trainer.loggers']", "trainer.loggers"),
         ("assert config.trainer.loggers", "trainer.loggers"),
         ("overrides = {'trainer.logger.level': 1}", "trainer.logger.level"),
     ],

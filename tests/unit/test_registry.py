@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import httpx
 import pytest
 from registry_server import Fault, RegistryServer, Repository
 
-from drydock import publish
+from drydock import publish, registry
 from drydock.errors import DrydockError, OutOfSpace
 from drydock.oci import INDEX, Built, Layer, canonical, manifest_document, read_image
 from drydock.publish import Pulled, Pushed
@@ -244,6 +245,80 @@ def test_a_forgotten_upload_begins_again(server: RegistryServer, store: Store, m
     assert server.repositories["one"].blobs[f"sha256:{one.layers[0].digest}"] == noise(2, LARGE)
 
 
+def test_a_blob_that_arrived_before_its_answer_was_lost_is_not_sent_again(
+    server: RegistryServer, store: Store
+) -> None:
+    one = image(store, "one", noise(2, LARGE))
+    server.faults += [Fault(method="PUT", path="/uploads/", silent=True)]
+    pushed = send(store, one, server.host)
+    assert pushed.sent == one.size + store.path(one.config_digest).stat().st_size
+    assert not list((store.root / "uploads").iterdir())
+
+
+def test_a_session_with_other_bytes_is_not_gone_on_with(server: RegistryServer, store: Store) -> None:
+    one = image(store, "one", noise(2, LARGE))
+    server.faults += [Fault(method="PATCH", cut=CHUNK)] * 2
+    refusal(send, store, one, server.host, patience=Patience(attempts=1, read=2.0))
+    for session in server.uploads.values():
+        session[:] = b"x" * len(session)
+    send(store, one, server.host)
+    assert server.repositories["one"].blobs[f"sha256:{one.layers[0].digest}"] == noise(2, LARGE)
+
+
+def test_a_blob_that_is_damaged_here_is_named(server: RegistryServer, store: Store) -> None:
+    one = image(store, "one", noise(2, LARGE))
+    path = store.path(one.layers[0].digest)
+    path.chmod(0o644)
+    path.write_bytes(b"x" * LARGE)
+    assert f"remove {path}" in refusal(send, store, one, server.host)
+    path.write_bytes(noise(2, LARGE))
+    send(store, one, server.host)
+
+
+def test_two_pushes_at_once_send_each_blob_once(server: RegistryServer, store: Store) -> None:
+    one = image(store, "one", noise(2, LARGE), noise(3, LARGE))
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda _: send(store, one, server.host), range(2)))
+    assert sum(report.uploaded for report in reports) == 3
+    assert sum(request.length for request in server.of("PATCH")) == sum(report.sent for report in reports)
+
+
+def test_what_is_not_mounted_is_sent_once_and_with_a_token(
+    server: RegistryServer, store: Store, tmp_path: Path
+) -> None:
+    server.login, server.mounts = ("ci", SECRET), False
+    environ = logged_in(tmp_path / "docker", server.host)
+    first = image(store, "first", *(noise(number, LARGE) for number in range(9)))
+    send(store, first, server.host, environ)
+    before = len(server.of("PATCH"))
+    second = image(store, "second", *(noise(number, LARGE) for number in range(9)))
+    never = image(store, "never", *(noise(number, LARGE) for number in range(9)))
+    pushed = send(store, second, server.host, environ, others=[never, first])
+    patches = server.of("PATCH")[before:]
+    assert pushed.uploaded == len(patches) == 10
+    assert all("authorization" in request.headers for request in patches)
+    server.mounts = True
+    third = image(store, "third", *(noise(number, LARGE) for number in range(9)))
+    assert send(store, third, server.host, environ, others=[never, first]).mounted == 9
+
+
+def test_a_registry_that_does_not_name_digests_is_asked_for_the_manifest(
+    server: RegistryServer, store: Store, built: Built
+) -> None:
+    server.digests = False
+    assert send(store, built, server.host).reference.endswith("-1")
+    assert send(store, built, server.host).reference.endswith("-1")
+    assert len(server.repositories["cpu-vllm"].tags) == 1
+
+
+def test_a_repository_that_cannot_be_made_is_said(server: RegistryServer, store: Store, built: Built) -> None:
+    for status in (403, 404):
+        server.faults = [Fault(method="POST", status=status, always=True)]
+        message = refusal(send, store, built, server.host)
+        assert f"answers {status}" in message
+        assert "create the repository" in message
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 @pytest.mark.parametrize(("method", "path"), [("HEAD", "/blobs/"), ("POST", ""), ("PATCH", ""), ("PUT", "")])
 def test_a_busy_registry_is_asked_again(
@@ -398,6 +473,41 @@ def test_a_disk_without_room_is_said_before_layers_are_asked_for(
     assert not server.of("GET", built.layers[1].digest)
 
 
+def test_a_disk_that_fills_up_leaves_what_can_be_gone_on_with(
+    server: RegistryServer,
+    store: Store,
+    built: Built,
+    checkout: Path,
+    other: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    send(store, built, server.host)
+    write = publish.Part.write
+
+    def full(self: Any, data: bytes) -> None:
+        if self.size > CHUNK:
+            raise OutOfSpace("no space left")
+        write(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish.Part, "write", full)
+        with pytest.raises(OutOfSpace):
+            take(checkout, other, server.host)
+    assert other.read_record("images", "cpu-vllm") is None
+    is_clean(other)
+    assert take(checkout, other, server.host)[1].resumed > CHUNK
+
+
+def test_a_mirror_that_is_gone_is_given_up_once(
+    server: RegistryServer, store: Store, built: Built, checkout: Path, other: Store
+) -> None:
+    send(store, built, server.host)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        _, _, said = take(checkout, other, f"127.0.0.1:{unused.getsockname()[1]}", server.host)
+    assert said.count("; attempt ") == QUICK.attempts - 1
+
+
 def test_nobody_there_is_said_with_the_address(checkout: Path, other: Store) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -457,6 +567,11 @@ def test_the_password_does_not_follow_a_redirect(
         # An empty layer needs no bytes.
         assert len(storage.of("GET", "/elsewhere/")) == 3
         assert not any("authorization" in request.headers for request in storage.requests)
+        # What storage asks for is not for it to have.
+        storage.steals = f"http://{storage.host}/token"
+        storage.login = ("ci", SECRET)
+        refusal(take, checkout, Store(checkout / "third"), server.host, environ=environ)
+        assert not storage.scopes
 
 
 def test_a_password_is_not_sent_without_tls_for_a_registry_with_tls() -> None:
@@ -477,6 +592,11 @@ def test_dockers_own_logins_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     (folder / "config.json").write_text(json.dumps({"credHelpers": {"registry.example": "vault"}}))
     assert credentials("registry.example", environ) == ("get", "registry.example")
+    (folder / "config.json").write_text(json.dumps({"credsStore": "vault"}))
+    assert credentials("registry.example", environ) == ("get", "registry.example")
+    token = {"auths": {"registry.example": {"auth": "MDA6", "identitytoken": "x"}}}
+    (folder / "config.json").write_text(json.dumps(token))
+    assert "identity token" in refusal(credentials, "registry.example", environ)
     (folder / "config.json").write_text(json.dumps({"credHelpers": {"registry.example": "nobody"}}))
     assert "docker-credential-nobody" in refusal(credentials, "registry.example", environ)
     for broken in ("{", "[]", '{"auths": {"registry.example": {"auth": "%%%"}}}'):
@@ -493,7 +613,7 @@ def test_dockers_own_logins_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("localhost:5000", "http://localhost:5000/v2/", "cpu-vllm"),
         ("127.0.0.1:5000/team", "http://127.0.0.1:5000/v2/", "team/cpu-vllm"),
         ("[::1]:5000", "http://[::1]:5000/v2/", "cpu-vllm"),
-        ("registry.example", "https://registry.example/v2/", "cpu-vllm"),
+        ("Registry.Example", "https://registry.example/v2/", "cpu-vllm"),
         ("registry.example/a/b/", "https://registry.example/v2/", "a/b/cpu-vllm"),
         ("https://localhost/a", "https://localhost/v2/", "a/cpu-vllm"),
         ("http://registry.lan:80", "http://registry.lan:80/v2/", "cpu-vllm"),
@@ -576,20 +696,21 @@ def test_debians_registry_goes_on_with_an_upload(
     one = image(store, "one", noise(2, LARGE))
     broken: list[int] = []
     reads = iter([True, True, False])
-    from drydock import registry
+    monkeypatch.setattr(registry, "PIECE", CHUNK)
+    piece = registry._Upload._piece
 
-    rest = registry._Upload._rest
-
-    def broken_once(self: Any) -> Iterator[bytes]:
-        for data in rest(self):
+    def broken_once(self: Any, end: int) -> Iterator[bytes]:
+        for data in piece(self, end):
             if self.path.name == one.layers[0].digest and not broken and not next(reads):
                 broken.append(self.sent)
                 raise httpx.WriteError("the cable was pulled")
             yield data
 
-    monkeypatch.setattr(registry._Upload, "_rest", broken_once)
-    assert send(store, one, distribution).uploaded == 2
+    monkeypatch.setattr(registry._Upload, "_piece", broken_once)
+    pushed = send(store, one, distribution)
+    assert pushed.uploaded == 2
     assert broken
+    assert pushed.sent == one.size + store.path(one.config_digest).stat().st_size, "no piece was sent twice"
     assert send(store, one, distribution).there == 2
 
 
