@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from debian.debfile import DebFile
 
 from drydock.debs import content, open_deb, status_paragraph
-from drydock.definition import Image
+from drydock.definition import Image, VendorBase
 from drydock.layer import LayerWriter
 from drydock.locks import DebianLock
 from drydock.store import Store
@@ -116,6 +116,28 @@ def add_venv(layer: LayerWriter, series: str, lock: DebianLock) -> None:
     for name in ("python3", f"python{series}"):
         layer.symlink(f"{PREFIX}/bin/{name}", "python")
     layer.symlink(f"{PREFIX}/lib64", "lib")
+
+
+def add_vendor_venv(layer: LayerWriter, vendor: VendorBase) -> None:
+    """A venv over a vendor's interpreter in which its own distributions are seen, ours before them."""
+    series = vendor.python_version.rpartition(".")[0]
+    home = posixpath.dirname(vendor.interpreter)
+    layer.file(
+        f"{PREFIX}/pyvenv.cfg",
+        f"home = {home}\ninclude-system-site-packages = true\nversion = {vendor.python_version}\n".encode(),
+    )
+    layer.symlink(f"{PREFIX}/bin/python", vendor.interpreter)
+    for name in ("python3", f"python{series}"):
+        layer.symlink(f"{PREFIX}/bin/{name}", "python")
+    layer.symlink(f"{PREFIX}/lib64", "lib")
+    layer.folder(f"{PREFIX}/lib/python{series}/site-packages")
+
+
+def vendor_environment(locked: Sequence[str], extra: Mapping[str, str]) -> dict[str, str]:
+    """The vendor's environment with our venv before its programs, and what the definition adds."""
+    theirs = dict(entry.split("=", 1) for entry in locked if "=" in entry)
+    path = theirs.get("PATH") or "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    return {**theirs, "PATH": f"/{PREFIX}/bin:{path}", "VIRTUAL_ENV": f"/{PREFIX}", **extra}
 
 
 def python_version(series: str, lock: DebianLock) -> str:

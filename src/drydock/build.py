@@ -20,7 +20,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from drydock.base import add_base_files, add_dpkg_database, base_environment, python_version, stdlib_sources
+from drydock.base import (
+    add_base_files,
+    add_dpkg_database,
+    add_vendor_venv,
+    base_environment,
+    python_version,
+    stdlib_sources,
+    vendor_environment,
+)
 from drydock.bytecode import (
     Compiler,
     Toolchain,
@@ -30,7 +38,7 @@ from drydock.bytecode import (
     unpack_toolchain,
 )
 from drydock.debs import add_deb, checked, open_deb
-from drydock.definition import Image
+from drydock.definition import Image, VendorBase
 from drydock.errors import DrydockError
 from drydock.layer import LayerWriter, Row, open_layer, overlap
 from drydock.locks import (
@@ -48,6 +56,7 @@ from drydock.plan import Spec, assembler_hash, plan_layers
 from drydock.progress import Progress
 from drydock.sdist import ensure_built
 from drydock.store import Store, sha256_file
+from drydock.vendor import VendorLock, read_vendor_lock, vendor_layers
 from drydock.wheels import PREFIX, Installed, add_wheel, site_packages
 
 SHARE = "usr/share/drydock"
@@ -55,30 +64,61 @@ SHARE = "usr/share/drydock"
 
 
 class Inputs:
-    """Everything a build reads besides artifacts, checked once."""
+    """Everything a build reads besides artifacts, checked once. Of `debian` and `vendor`, one is None; `tools`
+    compile bytecode, which an image over a vendor's does without: its interpreter is not here."""
 
     def __init__(self, image: Image) -> None:
         self.image = image
         self.lock: PyLock = read_pylock(image)
-        self.base: DebianLock = read_debian_lock(image.root, image.base, image.definition.architecture)
-        builder = builder_architecture()
-        self.builder = (
-            self.base
-            if builder == image.definition.architecture
-            else read_debian_lock(image.root, image.base, builder)
-        )
-        problems = check_pylock(image, self.lock) + check_debian_lock(image.base, self.base)
+        self.vendor: VendorLock | None = None
+        self.debian: DebianLock | None = None
+        self.tools: Toolchain | None = None
+        problems = check_pylock(image, self.lock)
+        if image.vendor:
+            self.vendor = read_vendor_lock(image)
+        else:
+            architecture = image.definition.architecture
+            self.debian = read_debian_lock(image.root, image.base, architecture)
+            problems += check_debian_lock(image.base, self.debian)
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise DrydockError(
                 f"the lock of {image.name} is wrong: {problems[0]}{more}: run `drydock lock {image.name}`"
             )
-        self.tools: Toolchain = toolchain(image.definition.python, self.base, self.builder)
+        if self.debian:
+            builder = builder_architecture()
+            other = (
+                self.debian
+                if builder == image.definition.architecture
+                else read_debian_lock(image.root, image.base, builder)
+            )
+            self.tools = toolchain(image.definition.python, self.debian, other)
+
+    @property
+    def base(self) -> DebianLock:
+        """The Debian base's lock; only of an image on Debian."""
+        assert self.debian
+        return self.debian
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The image's environment."""
+        extra = self.image.engine.environment
+        if self.vendor:
+            return vendor_environment(self.vendor.environment, extra)
+        return base_environment(extra)
+
+    @property
+    def python_version(self) -> str:
+        """`platform.python_version()` in the image."""
+        if self.image.vendor:
+            return self.image.vendor.python_version
+        return python_version(self.image.definition.python, self.base)
 
     def artifacts(self) -> list[Artifact]:
         """Every file to fetch for a build from nothing."""
-        found = {artifact.sha256: artifact for artifact in (*self.base.artifacts(), *self.tools.debs)}
-        found |= {artifact.sha256: artifact for artifact in self.lock.artifacts()}
+        debs = [*self.debian.artifacts(), *self.tools.debs] if self.debian and self.tools else []
+        found = {artifact.sha256: artifact for artifact in (*debs, *self.lock.artifacts())}
         return list(found.values())
 
 
@@ -100,7 +140,7 @@ def build(
     began = time.monotonic()
     inputs = Inputs(image)
     store.sweep()
-    specs = plan_layers(image, inputs.lock, inputs.base, inputs.tools)
+    specs = plan_layers(image, inputs.lock, inputs.debian, inputs.tools)
     records = {spec.key: _found(store, spec) for spec in specs}
     missing = [spec for spec in specs if records[spec.key] is None]
     if missing:
@@ -115,8 +155,11 @@ def build(
     specs.append(manifest)
     records[manifest.key] = record
     layers = tuple(_layer(spec, records[spec.key] or {}, spec.key in made) for spec in specs)
-    environment = base_environment(image.engine.environment)
-    built = write_image(store, image, layers, _labels(inputs), environment)
+    settings: dict[str, Any] = {}
+    if inputs.vendor:
+        layers = (*vendor_layers(inputs.vendor), *layers)
+        settings = inputs.vendor.settings
+    built = write_image(store, image, layers, _labels(inputs), inputs.environment, settings)
     return built, time.monotonic() - began
 
 
@@ -163,7 +206,7 @@ def _have_artifacts(
                 source = package.built_from.sdist.artifact("sdist", package.name, package.version)
                 for needed in (source, *(tool.artifact for tool in package.built_from.build_requires)):
                     sources[needed.sha256] = needed
-    if any(spec.kind in ("wheels", "stdlib") for spec in missing):
+    if inputs.tools and any(spec.kind in ("wheels", "stdlib") for spec in missing):
         wanted |= {artifact.sha256: artifact for artifact in inputs.tools.debs}
     get(list((wanted | sources).values()))
     for artifact in sources.values():
@@ -183,11 +226,14 @@ class _Worker:
         self._compiler: Compiler | None = None
 
     @property
-    def compiler(self) -> Compiler:
+    def compiling(self) -> tuple[Compiler, Toolchain] | None:
+        """What makes bytecode for the image, or None for an image without."""
+        tools = self.inputs.tools
+        if tools is None:
+            return None
         if self._compiler is None:
-            folder = unpack_toolchain(self.store, self.inputs.tools)
-            self._compiler = Compiler(folder, self.inputs.tools.series)
-        return self._compiler
+            self._compiler = Compiler(unpack_toolchain(self.store, tools), tools.series)
+        return self._compiler, tools
 
     def kill(self) -> None:
         if self._compiler:
@@ -233,12 +279,15 @@ def _make(spec: Spec) -> dict[str, Any]:
                     with open_deb(worker.store, artifact) as deb:
                         add_deb(layer, deb, artifact.name)
                 elif spec.kind == "wheels":
-                    installed.append(
-                        add_wheel(layer, worker.store, artifact, worker.compiler, worker.inputs.tools)
-                    )
+                    series = worker.image.definition.python
+                    installed.append(add_wheel(layer, worker.store, artifact, series, worker.compiling))
                 elif spec.kind == "stdlib":
                     _add_stdlib(layer, worker, artifact)
                 worker.told.put(("advance", spec.title, artifact.size))
+            if spec.kind == "venv":
+                assert worker.image.vendor
+                layer.owner = "drydock"
+                add_vendor_venv(layer, worker.image.vendor)
             if spec.kind == "base":
                 add_base_files(layer, worker.store, worker.image, worker.inputs.base)
                 add_dpkg_database(layer, worker.store, worker.inputs.base)
@@ -261,13 +310,15 @@ def _put_facts(store: Store, rows: list[Row], installed: list[Installed]) -> str
 
 def _add_stdlib(layer: LayerWriter, worker: _Worker, artifact: Artifact) -> None:
     """Bytecode of the library's sources in one deb; the sources are in the deb's own layer."""
-    series = worker.inputs.tools.series
+    assert worker.compiling
+    compiler, tools = worker.compiling
+    series = tools.series
     layer.owner = "drydock"
     with open_deb(worker.store, artifact) as deb, worker.store.scratch() as scratch:
         # The compiler's Python reads a tar; a deb wraps one in an ar archive.
         with (scratch / "data.tar").open("wb") as file:
             sources = stdlib_sources(_copy_tar(deb, file), series)
-        worker.compiler.compile(scratch / "data.tar", sources, scratch / "pyc.zip")
+        compiler.compile(scratch / "data.tar", sources, scratch / "pyc.zip")
         with zipfile.ZipFile(scratch / "pyc.zip") as archive:
             for path in sorted(archive.namelist()):
                 layer.file(pyc_path(path, series), archive.read(path))
@@ -340,6 +391,12 @@ def _listen(told: Any, progress: Progress) -> None:
 
 def _carried(image: Image) -> dict[str, Path]:
     """The files an image carries as they are: what it was made of."""
+    if image.vendor:
+        return {
+            "image.toml": image.definition_path,
+            "pylock.toml": image.pylock_path,
+            "base.toml": image.vendor_lock_path,
+        }
     return {
         "image.toml": image.definition_path,
         "debian-request.toml": image.root / "images" / f"debian-{image.base.release}.toml",
@@ -442,7 +499,7 @@ def manifest(inputs: Inputs, distributions: list[Installed], base_record: str) -
         "image": image.name,
         "architecture": definition.architecture,
         "machine": image.machine,
-        "python": python_version(definition.python, inputs.base),
+        "python": inputs.python_version,
         "prefix": f"/{PREFIX}",
         "site-packages": f"/{site_packages(definition.python)}",
         "distributions": [
@@ -456,8 +513,9 @@ def manifest(inputs: Inputs, distributions: list[Installed], base_record: str) -
         ],
         "debs": [
             {"name": package.name, "version": package.version, "architecture": package.architecture}
-            for package in inputs.base.packages
+            for package in (inputs.debian.packages if inputs.debian else ())
         ],
+        **(_provided(image.vendor) if image.vendor else {}),
         "base-record": base_record,
         "accelerator": {
             "kind": definition.accelerator.kind,
@@ -465,23 +523,48 @@ def manifest(inputs: Inputs, distributions: list[Installed], base_record: str) -
             "sm": list(definition.accelerator.sm),
         },
         "driver-libraries": list(definition.driver_libraries),
-        "absent-libraries": {**image.base.absent_libraries, **engine.absent_libraries},
+        "absent-libraries": {
+            **({} if image.vendor else image.base.absent_libraries),
+            **engine.absent_libraries,
+        },
         "foreign-objects": dict(engine.foreign_objects),
-        "environment": base_environment(engine.environment),
+        "environment": inputs.environment,
+    }
+
+
+def _provided(vendor: VendorBase) -> dict[str, Any]:
+    """What verification looks for in a vendor's base."""
+    return {
+        "base": {
+            "repository": vendor.repository,
+            "version": vendor.version,
+            "digest": vendor.digest,
+            "site-packages": list(vendor.site_packages),
+            "provides": dict(vendor.provides),
+        }
     }
 
 
 def _labels(inputs: Inputs) -> dict[str, str]:
     image = inputs.image
-    versions = {package.name: package.version for package in inputs.lock.packages}
+    versions = dict(image.vendor.provides) if image.vendor else {}
+    versions |= {package.name: package.version for package in inputs.lock.packages}
+    base = {}
+    if image.vendor:
+        base = {
+            "org.opencontainers.image.base.name": f"{image.vendor.repository}:{image.vendor.version}",
+            "org.opencontainers.image.base.digest": image.vendor.digest,
+        }
+    else:
+        base = {"org.opencontainers.image.base.name": f"debian:{image.base.suite}"}
     labels = {
+        **base,
         "org.opencontainers.image.description": image.definition.summary,
-        "org.opencontainers.image.base.name": f"debian:{image.base.suite}",
         "dev.drydock.image": image.name,
         "dev.drydock.lock": f"sha256:{sha256_file(image.pylock_path)}",
-        "dev.drydock.base-lock": f"sha256:{sha256_file(image.debian_lock_path)}",
+        "dev.drydock.base-lock": f"sha256:{sha256_file(image.base_lock_path)}",
         "dev.drydock.engine": f"{image.engine.distribution} {versions[image.engine.distribution]}",
-        "dev.drydock.python": python_version(image.definition.python, inputs.base),
+        "dev.drydock.python": inputs.python_version,
         "dev.drydock.accelerator": image.definition.accelerator.kind,
     }
     if image.definition.accelerator.minimum_driver:

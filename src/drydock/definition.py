@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -67,11 +68,41 @@ class Accelerator(Model):
     sm: tuple[str, ...] = ()
 
 
-class Base(Model):
-    """The base of an image: a release of Debian, of which `images/debian-<release>.toml` says the packages."""
+class DebianBase(Model):
+    """A release of Debian, of which `images/debian-<release>.toml` says the packages."""
 
     kind: Literal["debian"]
     release: int
+
+
+def _digest(text: str) -> str:
+    if not re.fullmatch("sha256:[0-9a-f]{64}", text):
+        raise ValueError(
+            f"{text!r} is no digest: a tag moves, so write sha256: and the 64 digits that the registry gives for it"
+        )
+    return text
+
+
+class VendorBase(Model):
+    """Somebody else's image, by digest, for what has no wheels in reach: our layers go on top of its own.
+
+    `repository` is its name at a registry, which the user's configuration names; `version` is what its publisher
+    calls it. `provides` are distributions that it holds, normalized name -> version: the resolver takes them as
+    given, the lock leaves them out, and `verify` looks for them in `site_packages`.
+    """
+
+    kind: Literal["image"]
+    repository: Annotated[str, Field(pattern=r"^[a-z0-9]+([._/-]+[a-z0-9]+)*$")]
+    digest: Annotated[str, AfterValidator(_digest)]
+    version: str
+    python_version: Annotated[str, Field(pattern=r"^3\.\d+\.\d+$", description="of its interpreter")]
+    interpreter: ImagePath
+    site_packages: Annotated[tuple[ImagePath, ...], Field(min_length=1)]
+    provides: dict[str, VersionText] = {}
+
+
+Base = Annotated[DebianBase | VendorBase, Field(discriminator="kind")]
+"""What an image stands on."""
 
 
 class Override(Model):
@@ -159,17 +190,39 @@ class DebianRequest(Model):
 
 
 class Image:
-    """One image: a definition, one of its engines, and the request for its base.
+    """One image: a definition, one of its engines, and, on Debian, the request for its base.
 
     >>> Image.named(Path("."), "cpu-vllm").engine.requirements
     """
 
-    def __init__(self, root: Path, definition: Definition, engine: str, base: DebianRequest) -> None:
+    def __init__(self, root: Path, definition: Definition, engine: str, base: DebianRequest | None) -> None:
         self.root = root
         self.definition = definition
         self.engine_name = engine
         self.engine = definition.engine[engine]
-        self.base = base
+        self._base = base
+
+    @property
+    def vendor(self) -> VendorBase | None:
+        """The vendor's image that it stands on, or None for one on Debian."""
+        base = self.definition.base
+        return base if isinstance(base, VendorBase) else None
+
+    @property
+    def base(self) -> DebianRequest:
+        """What its Debian base holds; only of an image on Debian."""
+        assert self._base, f"{self.name} stands on a vendor's image"
+        return self._base
+
+    @property
+    def vendor_lock_path(self) -> Path:
+        """The lock of the vendor's image, which all engines of a hardware share."""
+        return self.root / "lock" / f"base-{self.definition.hardware}.toml"
+
+    @property
+    def base_lock_path(self) -> Path:
+        """The lock of what it stands on."""
+        return self.vendor_lock_path if self.vendor else self.debian_lock_path
 
     @property
     def name(self) -> str:
@@ -210,6 +263,8 @@ class Image:
                 f"unknown image {name!r}: {hardware} has the engine(s) {', '.join(sorted(definition.engine))} "
                 f"(engine.* in {path.relative_to(root)})"
             )
+        if isinstance(definition.base, VendorBase):
+            return cls(root, definition, engine, None)
         request = root / "images" / f"debian-{definition.base.release}.toml"
         if not request.is_file():
             raise DrydockError(
@@ -264,6 +319,17 @@ def read_definition(path: Path) -> Definition:
         definition.accelerator.minimum_driver and definition.accelerator.sm
     ):
         raise DrydockError(f"{path}: accelerator: kind cuda needs minimum-driver and sm")
+    if isinstance(definition.base, VendorBase):
+        for name in definition.base.provides:
+            if canonicalize_name(name) != name:
+                raise DrydockError(
+                    f"{path}: base.provides.{name}: write the normalized name {canonicalize_name(name)!r}"
+                )
+        series = definition.base.python_version.rpartition(".")[0]
+        if series != definition.python:
+            raise DrydockError(
+                f"{path}: base.python-version: {definition.base.python_version} is no {definition.python}"
+            )
     for engine_name, engine in definition.engine.items():
         for table in ("overrides", "exclusions", "source_builds", "overlaps"):
             for name in getattr(engine, table):

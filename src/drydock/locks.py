@@ -207,7 +207,9 @@ def sha256_json(value: Any) -> str:
 def resolution_inputs(image: Image) -> dict[str, Any]:
     """Everything in the definition that decides what the resolver answers; environment and labels do not."""
     engine = image.engine
+    provided = {"provides": dict(image.vendor.provides)} if image.vendor else {}
     return {
+        **provided,
         "python": image.definition.python,
         "platform": platform(image),
         "requirements": sorted(engine.requirements),
@@ -237,6 +239,21 @@ def environment_marker(image: Image) -> str:
         f"python_version == '{image.definition.python}' and sys_platform == 'linux' "
         f"and platform_machine == '{image.machine}'"
     )
+
+
+def marker_environment(image: Image) -> dict[str, str]:
+    """What environment markers (PEP 508) are evaluated with, in the image."""
+    return {
+        "python_version": image.definition.python,
+        "python_full_version": f"{image.definition.python}.0",
+        "sys_platform": "linux",
+        "platform_machine": image.machine,
+        "platform_system": "Linux",
+        "os_name": "posix",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+        "extra": "",
+    }
 
 
 def platform_tags(image: Image) -> dict[Tag, int]:
@@ -284,7 +301,15 @@ def content_hash(data: dict[str, Any]) -> str:
     return sha256_json(copy)
 
 
-def _read(path: Path, model: type[BaseModel], remedy: str) -> Any:
+def read_sealed(path: Path, model: type[BaseModel], remedy: str) -> Any:
+    """Read a lock into its model, and compare it with its seal.
+
+    Parameters:
+        remedy: what to do about one that is not right, for the message.
+
+    Raises:
+        DrydockError: missing, malformed or edited by hand.
+    """
     try:
         data = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -312,7 +337,7 @@ def read_pylock(image: Image) -> PyLock:
         DrydockError: missing, malformed, edited by hand, or out of date with the definition.
     """
     remedy = f"run `drydock lock {image.name}`"
-    lock: PyLock = _read(image.pylock_path, PyLock, remedy)
+    lock: PyLock = read_sealed(image.pylock_path, PyLock, remedy)
     if lock.tool.drydock.inputs != sha256_json(resolution_inputs(image)):
         raise DrydockError(
             f"{image.pylock_path} is out of date with {image.definition_path.relative_to(image.root)}: {remedy}"
@@ -324,7 +349,7 @@ def read_debian_lock(root: Path, request: DebianRequest, architecture: Architect
     """Read a base's lock for an architecture; errors as `read_pylock`'s."""
     path = debian_lock_path(root, request.release, architecture)
     remedy = "run `drydock lock --base`"
-    lock: DebianLock = _read(path, DebianLock, remedy)
+    lock: DebianLock = read_sealed(path, DebianLock, remedy)
     if lock.inputs != sha256_json(debian_inputs(request, architecture)):
         raise DrydockError(f"{path} is out of date with images/debian-{request.release}.toml: {remedy}")
     return lock
@@ -343,26 +368,20 @@ def check_pylock(image: Image, lock: PyLock) -> list[str]:
             problems.append(f"{package.name}: the definition builds it from source, the lock does not")
         if package.wheels[0].path != f"wheels/{package.wheel.filename}":
             problems.append(f"{package.name}: path {package.wheels[0].path!r} is not in wheels/")
-    marker = {
-        "python_version": image.definition.python,
-        "python_full_version": f"{image.definition.python}.0",
-        "sys_platform": "linux",
-        "platform_machine": image.machine,
-        "platform_system": "Linux",
-        "os_name": "posix",
-        "implementation_name": "cpython",
-        "platform_python_implementation": "CPython",
-        "extra": "",
-    }
+    marker = marker_environment(image)
     overrides = {
         name: Requirement(f"{name}=={entry.version}") for name, entry in image.engine.overrides.items()
     }
+    provided = (
+        {name: Version(version) for name, version in image.vendor.provides.items()} if image.vendor else {}
+    )
+    problems += [f"{name} is provided by the base and locked" for name in sorted(versions.keys() & provided)]
     asked = [Requirement(text) for text in image.engine.requirements]
     for requirement in asked:
         if requirement.marker and not requirement.marker.evaluate(marker):
             continue
         name = canonicalize_name(requirement.name)
-        problems += _check_asked(overrides.get(name, requirement), name, versions)
+        problems += _check_asked(overrides.get(name, requirement), name, versions | provided)
     problems += [
         line
         for name, requirement in overrides.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +20,8 @@ CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+zstd"
 INDEX = "application/vnd.oci.image.index.v1+json"
 
+VENDOR = "dev.drydock.layer.vendor"
+"""Annotation of a layer that is a vendor's."""
 EPOCH = 315532800
 """1980-01-01, the time of everything in an image: the first one that a zip file can hold, so that wheels
 can still be built from files in the image."""
@@ -31,7 +33,8 @@ class Layer:
     """One layer: `digest` and `size` (bytes) of the compressed blob, `diff_id` of the tar inside, all hex sha256.
 
     `title` says what is in it, `contents` names it piece by piece, `key` is the hash of what it was made
-    from; `made` is whether this build made it or found it. Of a layer that was pulled nobody here knows `unpacked`
+    from; `made` is whether this build made it or found it. `vendor` is one of a vendor's base, which a build does not
+    have. Of a layer that was pulled nobody here knows `unpacked`
     (0), `contents` and `key` (empty).
     """
 
@@ -43,6 +46,8 @@ class Layer:
     contents: tuple[str, ...]
     key: str
     made: bool = False
+    media_type: str = LAYER
+    vendor: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +78,17 @@ def canonical(document: dict[str, Any]) -> bytes:
 
 
 def config_document(
-    image: Image, layers: tuple[Layer, ...], labels: dict[str, str], environment: dict[str, str]
+    image: Image,
+    layers: tuple[Layer, ...],
+    labels: dict[str, str],
+    environment: dict[str, str],
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The OCI image config; `rootfs.diff_ids` makes its digest the image's identity."""
+    """The OCI image config; `rootfs.diff_ids` makes its digest the image's identity.
+
+    Parameters:
+        settings: what it takes over from a vendor's base, as OCI spells it.
+    """
     return {
         "architecture": image.definition.architecture,
         "os": "linux",
@@ -83,9 +96,10 @@ def config_document(
         "author": "drydock",
         "config": {
             "Cmd": ["/bin/bash"],
+            "WorkingDir": "/",
+            **settings,
             "Env": [f"{name}={value}" for name, value in sorted(environment.items())],
             "Labels": labels,
-            "WorkingDir": "/",
         },
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{layer.diff_id}" for layer in layers]},
         "history": [{"created": CREATED, "created_by": f"drydock: {layer.title}"} for layer in layers],
@@ -100,10 +114,13 @@ def manifest_document(config: bytes, config_digest: str, layers: tuple[Layer, ..
         "config": {"mediaType": CONFIG, "digest": f"sha256:{config_digest}", "size": len(config)},
         "layers": [
             {
-                "mediaType": LAYER,
+                "mediaType": layer.media_type,
                 "digest": f"sha256:{layer.digest}",
                 "size": layer.size,
-                "annotations": {"dev.drydock.layer.title": layer.title},
+                "annotations": {
+                    "dev.drydock.layer.title": layer.title,
+                    **({VENDOR: "true"} if layer.vendor else {}),
+                },
             }
             for layer in layers
         ],
@@ -111,10 +128,15 @@ def manifest_document(config: bytes, config_digest: str, layers: tuple[Layer, ..
 
 
 def write_image(
-    store: Store, image: Image, layers: tuple[Layer, ...], labels: dict[str, str], environment: dict[str, str]
+    store: Store,
+    image: Image,
+    layers: tuple[Layer, ...],
+    labels: dict[str, str],
+    environment: dict[str, str],
+    settings: Mapping[str, Any] | None = None,
 ) -> Built:
     """Put config and manifest into the store and record the image under its name."""
-    config = canonical(config_document(image, layers, labels, environment))
+    config = canonical(config_document(image, layers, labels, environment, settings or {}))
     config_digest = store.put(config)
     manifest = canonical(manifest_document(config, config_digest, layers))
     built = Built(
@@ -148,6 +170,8 @@ def record_image(store: Store, built: Built) -> None:
                     "title": layer.title,
                     "contents": list(layer.contents),
                     "key": layer.key,
+                    "media-type": layer.media_type,
+                    "vendor": layer.vendor,
                 }
                 for layer in built.layers
             ],
@@ -182,11 +206,13 @@ def read_image(store: Store, name: str, whole: bool = True) -> Built:
                 title=layer["title"],
                 contents=tuple(layer["contents"]),
                 key=layer["key"],
+                media_type=layer.get("media-type", LAYER),
+                vendor=layer.get("vendor", False),
             )
             for layer in record["layers"]
         ),
     )
-    if whole and not all(store.has(layer.digest, layer.size) for layer in built.layers):
+    if whole and not all(layer.vendor or store.has(layer.digest, layer.size) for layer in built.layers):
         raise DrydockError(f"layers of {name} are gone from {store.root}: run `drydock build {name}`")
     return built
 
@@ -245,6 +271,8 @@ def read_manifest(name: str, digest: str, manifest: dict[str, Any], config: dict
                     title=layer["annotations"]["dev.drydock.layer.title"],
                     contents=(),
                     key="",
+                    media_type=layer["mediaType"],
+                    vendor=VENDOR in layer["annotations"],
                 )
                 for layer, diff_id in pairs
             ),

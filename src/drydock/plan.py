@@ -7,6 +7,7 @@ ones share a few buckets chosen by a hash of the name alone, so that adding a pa
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +31,7 @@ WHEEL_BUCKETS = 8
 CUDA = ("nvidia-", "cuda-")
 TORCH = ("torch", "torchvision", "torchaudio", "triton")
 
-Kind = Literal["debs", "base", "stdlib", "wheels", "manifest"]
+Kind = Literal["debs", "base", "stdlib", "venv", "wheels", "manifest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +72,15 @@ def bucket(name: str, buckets: int) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % buckets
 
 
-def plan_layers(image: Image, lock: PyLock, base: DebianLock, tools: Toolchain) -> list[Spec]:
-    """The layers of an image below its manifest's, from the base up: what changes least comes first."""
+def plan_layers(image: Image, lock: PyLock, base: DebianLock | None, tools: Toolchain | None) -> list[Spec]:
+    """The layers of ours below an image's manifest, from the base up: what changes least comes first.
+
+    Parameters:
+        base: of an image on Debian; over a vendor's image there is None.
+        tools: what compiles bytecode; None for none.
+    """
     assembler = assembler_hash()
     series = image.definition.python
-    debs = [package.artifact for package in base.packages]
 
     def spec(kind: Kind, title: str, artifacts: list[Artifact], *extra: object) -> Spec:
         hashes = [artifact.sha256 for artifact in artifacts]
@@ -86,6 +91,28 @@ def plan_layers(image: Image, lock: PyLock, base: DebianLock, tools: Toolchain) 
             key=sha256_json([assembler, kind, hashes, *extra]),
         )
 
+    specs = [] if base is None or tools is None else _debian_specs(image, base, tools, spec)
+    if image.vendor:
+        vendor = image.vendor
+        specs.append(spec("venv", "venv", [], series, PREFIX, vendor.python_version, vendor.interpreter))
+    wheels = sorted((package.wheel for package in lock.packages), key=lambda artifact: artifact.name)
+    ranked: list[list[tuple[str, list[Artifact]]]] = [[], [], [], [], [], []]
+    # A distribution whose files replace another's comes after all others, in a layer of its own.
+    winners = image.engine.overlaps
+    for title, group in _grouped(
+        [wheel for wheel in wheels if wheel.name not in winners], LARGE_WHEEL, WHEEL_BUCKETS, "python"
+    ):
+        ranked[_rank(group, image.engine.distribution)].append((title, group))
+    ranked[5] = [(f"{wheel.name} {wheel.version}", [wheel]) for wheel in wheels if wheel.name in winners]
+    bytecode = tools.key if tools else "no bytecode"
+    for rank in ranked:
+        specs += [spec("wheels", title, group, series, PREFIX, bytecode) for title, group in rank]
+    return specs
+
+
+def _debian_specs(image: Image, base: DebianLock, tools: Toolchain, spec: Callable[..., Spec]) -> list[Spec]:
+    series = image.definition.python
+    debs = [package.artifact for package in base.packages]
     specs = []
     for title, group in _grouped(debs, LARGE_DEB, DEB_BUCKETS, "debian"):
         specs.append(spec("debs", title, group))
@@ -100,17 +127,6 @@ def plan_layers(image: Image, lock: PyLock, base: DebianLock, tools: Toolchain) 
     )
     library = [artifact for artifact in debs if artifact.name.startswith(f"libpython{series}-")]
     specs.append(spec("stdlib", f"bytecode of Python {series}'s library", library, tools.key))
-    wheels = sorted((package.wheel for package in lock.packages), key=lambda artifact: artifact.name)
-    ranked: list[list[tuple[str, list[Artifact]]]] = [[], [], [], [], [], []]
-    # A distribution whose files replace another's comes after all others, in a layer of its own.
-    winners = image.engine.overlaps
-    for title, group in _grouped(
-        [wheel for wheel in wheels if wheel.name not in winners], LARGE_WHEEL, WHEEL_BUCKETS, "python"
-    ):
-        ranked[_rank(group, image.engine.distribution)].append((title, group))
-    ranked[5] = [(f"{wheel.name} {wheel.version}", [wheel]) for wheel in wheels if wheel.name in winners]
-    for rank in ranked:
-        specs += [spec("wheels", title, group, series, PREFIX, tools.key) for title, group in rank]
     return specs
 
 

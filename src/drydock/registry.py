@@ -369,6 +369,27 @@ class Client:
             # What an earlier run or another place had left was wrong: this one is not to blame yet.
             resumed = False
 
+    def small_blob(self, repository: str, digest: str, size: int) -> bytes:
+        """A blob that fits into memory; raises as `get_blob`."""
+
+        def once() -> bytes:
+            url = f"{self.registry.url}{repository}/blobs/sha256:{digest}"
+            with self._ask("GET", url, pull(repository), follow=True) as response:
+                self._expect(response, (200,), f"{repository}@sha256:{digest}")
+                data = b""
+                for chunk in response.iter_raw():
+                    data += chunk
+                    if len(data) > size:
+                        break
+            if len(data) < size:
+                raise Again(f"{self.registry.host} broke off at {len(data)} of {size} bytes")
+            return data
+
+        data = self._insist(once)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise Refused(f"{self.registry} serves other bytes for {repository}@sha256:{digest}")
+        return data
+
     def put_blob(
         self,
         repository: str,

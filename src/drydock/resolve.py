@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -17,6 +20,7 @@ import tomli_w
 from packaging.requirements import Requirement
 from packaging.tags import Tag
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from uv import find_uv_bin
 
 from drydock.definition import Image
@@ -27,6 +31,7 @@ from drydock.locks import (
     Artifact,
     File,
     environment_marker,
+    marker_environment,
     platform,
     platform_tags,
     resolution_inputs,
@@ -61,7 +66,11 @@ def lock_image(
     resolved = _compile(
         image,
         indexes,
-        requirements=list(image.engine.requirements),
+        requirements=[
+            text
+            for text in image.engine.requirements
+            if image.vendor is None or canonicalize_name(Requirement(text).name) not in image.vendor.provides
+        ],
         keep=keep,
         source_only=list(image.engine.source_builds),
     )
@@ -73,6 +82,8 @@ def lock_image(
         else:
             wheel = _file(_best_wheel(entry, tags, image.name), "wheels", indexes)
             packages.append({"name": entry["name"], "version": entry["version"], "wheels": [wheel]})
+    if image.vendor:
+        _check_given(image, store, indexes, packages)
     data = {
         "lock-version": "1.0",
         "created-by": "drydock",
@@ -90,6 +101,57 @@ def lock_image(
     }
     write_lock(image.pylock_path, data)
     return data
+
+
+def _check_given(image: Image, store: Store, indexes: Indexes, packages: Sequence[Mapping[str, Any]]) -> None:
+    """Compare what the locked packages ask for with what the vendor's image holds, which the resolver took as given.
+
+    Raises:
+        DrydockError: they do not fit, and no override says that this is meant.
+    """
+    assert image.vendor
+    given = {name: Version(version) for name, version in image.vendor.provides.items()}
+    wheels = [
+        File.model_validate(entry["wheels"][0]).artifact("wheel", str(entry["name"]), str(entry["version"]))
+        for entry in packages
+    ]
+    fetch(store, [wheel for wheel in wheels if not store.has(wheel.sha256, wheel.size)], indexes, {})
+    extras: dict[str, set[str]] = {
+        canonicalize_name(requirement.name): requirement.extras
+        for requirement in map(Requirement, image.engine.requirements)
+    }
+    problems = []
+    for wheel in wheels:
+        for requirement in requirements_of(store.path(wheel.sha256), image, extras.get(wheel.name, set())):
+            name = canonicalize_name(requirement.name)
+            if name not in given or name in image.engine.overrides:
+                continue
+            if not requirement.specifier.contains(given[name], prereleases=True):
+                problems.append(
+                    f"{wheel.name} {wheel.version} asks for {requirement.name}{requirement.specifier} and "
+                    f"{image.vendor.repository} {image.vendor.version} holds {given[name]}"
+                )
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise DrydockError(
+            f"{image.name}: {problems[0]}{more}: take another release, or add the package that is held to overrides "
+            "with that version and a reason"
+        )
+
+
+def requirements_of(wheel: Path, image: Image, extras: Iterable[str] = ()) -> list[Requirement]:
+    """What a wheel requires in an image, of its own and of some of its extras."""
+    environment = marker_environment(image)
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
+        metadata = HeaderParser().parsestr(archive.read(name).decode("utf-8", "replace"))
+    found = []
+    for text in metadata.get_all("Requires-Dist") or []:
+        requirement = Requirement(text)
+        chosen = [{**environment, "extra": extra} for extra in ("", *extras)]
+        if requirement.marker is None or any(requirement.marker.evaluate(each) for each in chosen):
+            found.append(requirement)
+    return found
 
 
 def one_wheel(image: Image, indexes: Indexes, name: str, version: str) -> Artifact:
@@ -125,7 +187,9 @@ def _compile(
         (work / "overrides.txt").write_text(
             "".join(f"{name}=={entry.version}\n" for name, entry in engine.overrides.items())
         )
-        (work / "excludes.txt").write_text("".join(f"{name}\n" for name in engine.exclusions))
+        # What the base holds is not resolved: its versions are given, and `_check_given` says whether they fit.
+        left_out = [*engine.exclusions, *(image.vendor.provides if image.vendor else ())]
+        (work / "excludes.txt").write_text("".join(f"{name}\n" for name in left_out))
         output = work / "pylock.toml"
         arguments = [
             find_uv_bin(), "pip", "compile", "--no-header", "--no-annotate",
@@ -141,7 +205,7 @@ def _compile(
         arguments += ["--no-deps"] if alone else []
         if engine.overrides and not alone:
             arguments += ["--override", "overrides.txt"]
-        if engine.exclusions:
+        if left_out:
             arguments += ["--excludes", "excludes.txt"]
         arguments += ["--prerelease", "if-necessary-or-explicit"]
         index_arguments, index_environment = uv_arguments(indexes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import posixpath
 import warnings
@@ -85,10 +86,10 @@ class LayerDestination(WheelDestination):
         layer: where the files go.
         name: the distribution's name, for the folder of its headers.
         series: the image's Python, as 3.13.
-        bytecode: zip of .pyc by installed path of their source.
+        bytecode: zip of .pyc by installed path of their source; None for none.
     """
 
-    def __init__(self, layer: LayerWriter, name: str, series: str, bytecode: zipfile.ZipFile) -> None:
+    def __init__(self, layer: LayerWriter, name: str, series: str, bytecode: zipfile.ZipFile | None) -> None:
         self._layer = layer
         self._series = series
         self._bytecode = bytecode
@@ -139,6 +140,8 @@ class LayerDestination(WheelDestination):
         for kind, entry in list(rows):
             if kind not in ("purelib", "platlib") or not entry.path.endswith(".py"):
                 continue
+            if self._bytecode is None:
+                continue
             code = read_pyc(self._bytecode, f"{self._folders[kind]}/{entry.path}")
             if code is not None:
                 path = pyc_path(entry.path, self._series).lstrip("/")
@@ -177,9 +180,17 @@ def python_sources(wheel: zipfile.ZipFile, series: str) -> dict[str, str]:
 
 
 def add_wheel(
-    layer: LayerWriter, store: Store, wheel: Artifact, compiler: Compiler, tools: Toolchain
+    layer: LayerWriter,
+    store: Store,
+    wheel: Artifact,
+    series: str,
+    compiling: tuple[Compiler, Toolchain] | None,
 ) -> Installed:
     """Install a locked wheel from the store into a layer.
+
+    Parameters:
+        series: the image's Python, as 3.13.
+        compiling: what makes its bytecode; None leaves it without.
 
     Raises:
         DrydockError: it is not in the store, or not the locked bytes.
@@ -187,13 +198,19 @@ def add_wheel(
     checked(store, wheel)
     path = store.path(wheel.sha256)
     with zipfile.ZipFile(path) as archive:
-        sources = python_sources(archive, tools.series)
-        bytecode = compiled(store, compiler, tools.key, wheel, sources)
         source = LockedWheel(_named(archive, wheel.filename))
-        with zipfile.ZipFile(bytecode) as pycs, warnings.catch_warnings():
+        with contextlib.ExitStack() as stack:
+            pycs = None
+            if compiling:
+                compiler, tools = compiling
+                sources = python_sources(archive, series)
+                pycs = stack.enter_context(
+                    zipfile.ZipFile(compiled(store, compiler, tools.key, wheel, sources))
+                )
+            stack.enter_context(warnings.catch_warnings())
             # Bytecode that a wheel ships was made by another Python; installer leaves it out and says so.
             warnings.simplefilter("ignore", RuntimeWarning)
-            destination = LayerDestination(layer, wheel.name, tools.series, pycs)
+            destination = LayerDestination(layer, wheel.name, series, pycs)
             layer.owner = wheel.name
             install(source, destination, {"INSTALLER": b"drydock\n"})
         return Installed(wheel.name, wheel.version, source.dist_info_dir, destination.record_digest)
