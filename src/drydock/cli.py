@@ -171,7 +171,9 @@ def build(
         oci.write_layout(store, built, output)
     if load:
         from drydock.runtime import choose
+        from drydock.vendor import have_layers
 
+        have_layers(store, image, built, os.environ)
         choose("docker").prepare(store, built)
     if record:
         write_record(root, built)
@@ -198,9 +200,10 @@ def push(name: Name, registry: Place = None, as_json: Json = False) -> None:
     from dataclasses import asdict
 
     from drydock.progress import amount
+    from drydock.publish import Base, registries
     from drydock.publish import push as send
-    from drydock.publish import registries
     from drydock.published import compare, write_record
+    from drydock.vendor import base_registries
 
     root = project_root()
     store = open_store(root)
@@ -210,7 +213,9 @@ def push(name: Name, registry: Place = None, as_json: Json = False) -> None:
     for other in image_names(root):
         if other != image.name and store.read_record("images", other):
             others.append(read_image(store, other, whole=False))
-    report = send(store, built, registries(os.environ, registry)[0], os.environ, others=others)
+    base = Base(image.vendor.repository, base_registries(os.environ)) if image.vendor else None
+    place = registries(os.environ, registry)[0]
+    report = send(store, built, place, os.environ, others=others, base=base)
     recorded = compare(root, built)
     if recorded != "same":
         write_record(root, built)
@@ -259,6 +264,7 @@ def _prepared(root: Path, name: str, runtime_name: str) -> tuple[Any, Store, Bui
     """A runtime that holds the image, and whether there are GPUs here that the image is for."""
     from drydock.hardware import gpus_here
     from drydock.runtime import choose
+    from drydock.vendor import have_layers
 
     if runtime_name not in ("auto", "docker", "chroot"):
         raise DrydockError(f"unknown runtime {runtime_name!r}: there are auto, docker and chroot")
@@ -266,6 +272,7 @@ def _prepared(root: Path, name: str, runtime_name: str) -> tuple[Any, Store, Bui
     image = Image.named(root, name)
     built = read_image(store, image.name)
     runtime = choose(runtime_name)  # type: ignore[arg-type]
+    have_layers(store, image, built, os.environ)
     runtime.prepare(store, built)
     return runtime, store, built, image.definition.accelerator.kind == "cuda" and gpus_here() > 0
 

@@ -20,15 +20,17 @@ from drydock.oci import Layer, read_image
 from drydock.progress import amount
 from drydock.relock import versions_in
 from drydock.store import Store
+from drydock.vendor import read_vendor_lock
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of the two: package -> version of both locks, variables, and its layers where it is built here."""
+    """One of the two: package -> version of both locks (a vendor's base is one package), variables, and its layers
+    where it is built here."""
 
     name: str
     python: Mapping[str, str]
-    debian: Mapping[str, str]
+    base: Mapping[str, str]
     environment: Mapping[str, str]
     layers: tuple[Layer, ...] | None
 
@@ -43,14 +45,19 @@ def side(root: Path, store: Store, name: str) -> Side:
     if revision:
         return _earlier(root, image_name, revision)
     image = Image.named(root, image_name)
-    base = read_debian_lock(root, image.base, image.definition.architecture)
+    if image.vendor:
+        vendor = read_vendor_lock(image)
+        base = {vendor.repository: f"{vendor.version} sha256:{vendor.manifest[:12]}"}
+    else:
+        lock = read_debian_lock(root, image.base, image.definition.architecture)
+        base = {package.name: package.version for package in lock.packages}
     layers: tuple[Layer, ...] | None = None
     with contextlib.suppress(DrydockError):  # it is not built here
         layers = read_image(store, image.name).layers
     return Side(
         name=image.name,
         python={package.name: package.version for package in read_pylock(image).packages},
-        debian={package.name: package.version for package in base.packages},
+        base=base,
         environment=image.engine.environment,
         layers=layers,
     )
@@ -63,7 +70,10 @@ def _earlier(root: Path, name: str, revision: str) -> Side:
     try:
         engine = engine or definition["default-engine"]
         environment = definition["engine"][engine].get("environment", {})
-        base = f"lock/debian-{definition['base']['release']}-{definition['architecture']}.toml"
+        if definition["base"]["kind"] == "image":
+            base = f"lock/base-{hardware}.toml"
+        else:
+            base = f"lock/debian-{definition['base']['release']}-{definition['architecture']}.toml"
     except (KeyError, TypeError, AttributeError) as error:
         raise DrydockError(
             f"{name} is no image in {revision!r}: {error!r} is not in its definition"
@@ -71,7 +81,7 @@ def _earlier(root: Path, name: str, revision: str) -> Side:
     return Side(
         name=f"{hardware}-{engine}@{revision}",
         python=versions_in(_toml(root, revision, f"lock/pylock.{hardware}-{engine}.toml")),
-        debian=versions_in(_toml(root, revision, base)),
+        base=versions_in(_toml(root, revision, base)),
         environment=environment,
         layers=None,
     )
@@ -95,7 +105,7 @@ def diff(old: Side, new: Side) -> dict[str, Any]:
     built: how many are in both and what is left to pull, with compressed bytes.
     """
     document: dict[str, Any] = {"old": old.name, "new": new.name}
-    for what in ("python", "debian", "environment"):
+    for what in ("python", "base", "environment"):
         before, after = getattr(old, what), getattr(new, what)
         document[what] = {
             name: [before.get(name), after.get(name)]

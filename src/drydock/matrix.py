@@ -57,8 +57,15 @@ of that name with another digest than the one recorded now.
 
 def _held(image: Image, record: dict[str, object] | None) -> tuple[str, ...]:
     definition = image.definition
-    versions = {package.name: package.version for package in read_pylock(image).packages}
-    base = read_debian_lock(image.root, image.base, definition.architecture)
+    versions = dict(image.vendor.provides) if image.vendor else {}
+    versions |= {package.name: package.version for package in read_pylock(image).packages}
+    python = (
+        image.vendor.python_version
+        if image.vendor
+        else python_version(
+            definition.python, read_debian_lock(image.root, image.base, definition.architecture)
+        )
+    )
     cuda = definition.accelerator.kind == "cuda"
     engine = image.engine.distribution
     return (
@@ -70,7 +77,7 @@ def _held(image: Image, record: dict[str, object] | None) -> tuple[str, ...]:
         versions["nvidia-nccl-cu13"] if cuda else "-",
         definition.accelerator.minimum_driver or "-",
         ", ".join(definition.accelerator.sm) or "-",
-        python_version(definition.python, base),
+        python,
         f"`{str(record['digest'])[:19]}`" if record else "-",
         f"{int(str(record['size'])) / 1e9:.2f}" if record else "-",
     )

@@ -239,6 +239,12 @@ def _index(built: Built, manifest_size: int, reference: str) -> bytes:
 
 
 def _members(store: Store, built: Built) -> Iterator[tuple[str, bytes | Path]]:
+    absent = [layer for layer in built.layers if layer.vendor and not store.has(layer.digest, layer.size)]
+    if absent:
+        raise DrydockError(
+            f"{len(absent)} layers of {built.name} are its base's and not here: `drydock push` it, which needs none of "
+            "them, or `drydock run` it, which brings them"
+        )
     manifest = store.path(built.digest).read_bytes()
     yield "oci-layout", canonical({"imageLayoutVersion": "1.0.0"})
     yield "index.json", _index(built, len(manifest), built.reference)

@@ -35,6 +35,14 @@ SMALL = 4 << 20
 """Bytes: no config of an image is larger, and it is read into memory."""
 
 
+@dataclass(frozen=True)
+class Base:
+    """A vendor's image: its repository, and the registries that may hold it."""
+
+    repository: str
+    places: Sequence[Registry]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pushed:
     """What a push did. `sent` is bytes, `mounted` blobs that another repository there had."""
@@ -81,6 +89,7 @@ def push(
     environ: Mapping[str, str],
     *,
     others: Sequence[Built] = (),
+    base: Base | None = None,
     stream: TextIO | None = None,
     patience: Patience | None = None,
     today: datetime | None = None,
@@ -89,6 +98,7 @@ def push(
 
     Parameters:
         others: images that the registry may hold too; layers that they share are mounted from their repositories.
+        base: where the layers of a vendor's base are: mounted if that is the same registry, else brought from there.
 
     Raises:
         DrydockError: the registry denies it, or breaks off for good; what arrived is not sent again.
@@ -99,6 +109,12 @@ def push(
         raise DrydockError(f"config or manifest of {built.name} is gone from {store.root}: build it again")
     sizes = {built.config_digest: store.path(built.config_digest).stat().st_size}
     sizes |= {layer.digest: layer.size for layer in built.layers}
+    theirs = {layer.digest for layer in built.layers if layer.vendor}
+    bases = [
+        place.repository(base.repository)
+        for place in (base.places if base else ())
+        if base and (place.scheme, place.host) == (registry.scheme, registry.host)
+    ]
     counts = {"there": 0, "mounted": 0, "uploaded": 0, "sent": 0}
     crew, guard = Crew("push"), threading.Lock()
     with Progress("push", sum(sizes.values()), stream) as progress, ExitStack() as stack:
@@ -122,7 +138,19 @@ def push(
                 store.drop_record("uploads", key)
                 progress.advance(sizes[digest])
                 count("there")
+            elif base and digest in theirs and client.mount_blob(repository, digest, sizes[digest], bases):
+                progress.advance(sizes[digest])
+                count("mounted")
             else:
+                if base and digest in theirs and not store.has(digest, sizes[digest]):
+                    take_blobs(
+                        store,
+                        base.repository,
+                        {digest: sizes[digest]},
+                        base.places,
+                        environ,
+                        patience=patience,
+                    )
 
                 def keep(location: str | None) -> None:
                     if location:
@@ -238,6 +266,33 @@ def pull(
         resumed=taker.resumed,
         seconds=time.monotonic() - began,
     )
+
+
+def take_blobs(
+    store: Store,
+    name: str,
+    wanted: Mapping[str, int],
+    places: Sequence[Registry],
+    environ: Mapping[str, str],
+    *,
+    stream: TextIO | None = None,
+    patience: Patience | None = None,
+) -> None:
+    """Bring blobs (hex sha256 -> bytes) of one repository into the store, each from the first registry that has it.
+
+    Raises:
+        OutOfSpace: they do not fit on the store's disk.
+        DrydockError: one is not to be had.
+    """
+    crew = Crew("pull")
+    _check_room(store, wanted)
+    with Progress(f"pull {name}", sum(wanted.values()), stream) as progress, ExitStack() as stack:
+        clients = [
+            stack.enter_context(_client(place, environ, patience, crew.stop, progress.note))
+            for place in places
+        ]
+        taker = _Taker(store, name, clients, progress)
+        crew.run(sorted(wanted, key=lambda blob: -wanted[blob]), lambda blob: taker.take(blob, wanted[blob]))
 
 
 class _Taker:

@@ -390,6 +390,24 @@ class Client:
             raise Refused(f"{self.registry} serves other bytes for {repository}@sha256:{digest}")
         return data
 
+    def mount_blob(self, repository: str, digest: str, size: int, sources: Sequence[str]) -> bool:
+        """Have a blob of another repository of this registry; whether one has it and it could be mounted."""
+        url = f"{self.registry.url}{repository}/blobs/uploads/"
+        for other in sources:
+
+            def once(other: str = other) -> bool:
+                query = httpx.QueryParams({"mount": f"sha256:{digest}", "from": other})
+                scopes = (*push(repository), *pull(other))
+                with self._ask("POST", f"{url}?{query}", scopes, content=b"") as response:
+                    # 202 opens an upload in its place, which nobody goes on with.
+                    self._expect(response, (201, 202), f"{repository}@sha256:{digest}", writing=True)
+                    return response.status_code == 201
+
+            with contextlib.suppress(DrydockError):
+                if self.has_blob(other, digest, size) and self._insist(once):
+                    return True
+        return False
+
     def put_blob(
         self,
         repository: str,

@@ -17,6 +17,7 @@ from drydock.indexes import debian_mirrors, read_indexes
 from drydock.locks import check_debian_lock, check_pylock, read_debian_lock, read_pylock
 from drydock.resolve import lock_image
 from drydock.store import Store
+from drydock.vendor import lock_vendor, read_vendor_lock
 
 Change = dict[str, Any]
 
@@ -30,7 +31,9 @@ def versions(path: Path) -> dict[str, str]:
 
 
 def versions_in(lock: Mapping[str, Any]) -> dict[str, str]:
-    """Package -> version of a lock that is read."""
+    """Package -> version of a lock that is read; of a vendor's base, its repository -> what it is."""
+    if "packages" not in lock and "manifest" in lock:
+        return {lock["repository"]: f"{lock['version']} sha256:{lock['manifest'][:12]}"}
     return {package["name"]: package["version"] for package in lock["packages"]}
 
 
@@ -65,11 +68,12 @@ def lock(
         raise DrydockError(
             f"{unknown[0]} is in none of the locks: name a package of one, or ask for it in image.toml"
         )
-    bases = {
-        debian_lock_path(image.root, image.base.release, image.definition.architecture): image
-        for image in images
-    }
-    for path, image in bases.items():
+    for path, image in {image.base_lock_path: image for image in images}.items():
+        if image.vendor:
+            # A digest does not move: what is locked of it stays right as long as it is the one asked for.
+            if _vendor_problems(image):
+                lock_vendor(image, environ)
+            continue
         if upgrade and not moving & set(before[path]):
             continue
         lock_base(
@@ -89,7 +93,7 @@ def lock(
 
 
 def _paths(images: list[Image], only_base: bool) -> list[Path]:
-    paths = [image.debian_lock_path for image in images] + (
+    paths = [image.base_lock_path for image in images] + (
         [] if only_base else [image.pylock_path for image in images]
     )
     return list(dict.fromkeys(paths))
@@ -111,7 +115,9 @@ def check(images: list[Image]) -> dict[str, Any]:
     """Whether the locks are there, unedited, up to date with their definitions and complete; offline."""
     rows = []
     bases: dict[tuple[int, Architecture], tuple[Path, DebianRequest]] = {
-        (image.base.release, image.definition.architecture): (image.root, image.base) for image in images
+        (image.base.release, image.definition.architecture): (image.root, image.base)
+        for image in images
+        if not image.vendor
     }
     for (release, architecture), (root, request) in bases.items():
         rows.append(
@@ -120,9 +126,19 @@ def check(images: list[Image]) -> dict[str, Any]:
                 "problems": _base_problems(root, request, architecture),
             }
         )
+    for path, image in {image.base_lock_path: image for image in images if image.vendor}.items():
+        rows.append({"lock": path.stem, "problems": _vendor_problems(image)})
     for image in images:
         rows.append({"lock": f"pylock.{image.name}", "problems": _image_problems(image)})
     return {"ok": not any(row["problems"] for row in rows), "locks": rows}
+
+
+def _vendor_problems(image: Image) -> list[str]:
+    try:
+        read_vendor_lock(image)
+    except DrydockError as error:
+        return [str(error)]
+    return []
 
 
 def _base_problems(root: Path, request: DebianRequest, architecture: Architecture) -> list[str]:
@@ -135,6 +151,8 @@ def _base_problems(root: Path, request: DebianRequest, architecture: Architectur
 def _image_problems(image: Image) -> list[str]:
     try:
         problems = check_pylock(image, read_pylock(image))
+        if image.vendor:
+            return problems
         # A builder of either architecture must have the image's own Python, to compile for it.
         bases = [
             read_debian_lock(image.root, image.base, architecture)

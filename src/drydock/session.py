@@ -27,6 +27,7 @@ from drydock.runtime import CHECKOUT, MANIFEST, RESULTS, Task, choose, inside
 from drydock.store import Store
 from drydock.tiers.budgets import read_budgets, tier_budget
 from drydock.tiers.profiles import kind_of
+from drydock.vendor import have_layers
 
 TIERS = ("rollout", "trainer", "eplb")
 """Folders under `tests/`, in the order they run."""
@@ -329,6 +330,7 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
     print(f"{image.name} sha256:{built.digest}, {record.steps[-1]['seconds']:.1f} s", flush=True)
     runtime = choose(record.options.runtime)
     with record.step("runtime"):
+        have_layers(store, image, built, os.environ)
         runtime.prepare(store, built)
         # What was loaded or unpacked is gigabytes in memory that the kernel is still to write: on a slow disk that
         # takes a minute, in which a server's start waits for every file and is over its budget.

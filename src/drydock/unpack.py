@@ -6,11 +6,14 @@ and of the tar inside, are the ones promised.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import shutil
+import stat
 import tarfile
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -129,19 +132,15 @@ def _verified(store: Store, layer: Layer, target: Path, advance: Callable[[int],
     try:
         with store.path(layer.digest).open("rb") as file:
             compressed = _Hashed(file, advance)
-            tar = _Hashed(
-                zstandard.ZstdDecompressor().stream_reader(
-                    cast(IO[bytes], compressed), read_size=CHUNK, read_across_frames=True
-                )
-            )
-            extract(cast(IO[bytes], tar), target)
+            tar = _Hashed(_decompressed(compressed, layer.media_type))
+            extract(cast(IO[bytes], tar), target, foreign=layer.vendor)
             tar.drain()
             compressed.drain()
         if compressed.digest != layer.digest:
             raise _discarded(store, layer, f"it hashes to sha256:{compressed.digest[:16]}")
         if tar.digest != layer.diff_id:
             raise _discarded(store, layer, f"the tar inside hashes to sha256:{tar.digest[:16]}")
-    except (BadLayer, tarfile.TarError, zstandard.ZstdError, OSError) as error:
+    except (BadLayer, tarfile.TarError, zstandard.ZstdError, zlib.error, EOFError, OSError) as error:
         # A damaged blob can fail as anything, a strange file name's OSError included: its hash tells.
         check_blobs(store, [layer])
         if isinstance(error, OSError):
@@ -151,13 +150,27 @@ def _verified(store: Store, layer: Layer, target: Path, advance: Callable[[int],
         ) from error
 
 
-def extract(stream: IO[bytes], target: Path) -> None:
+def _decompressed(file: _Hashed, media_type: str) -> IO[bytes]:
+    """A layer's tar, by its media type."""
+    stream = cast(IO[bytes], file)
+    if media_type.endswith("zstd"):
+        reader = zstandard.ZstdDecompressor().stream_reader(stream, read_size=CHUNK, read_across_frames=True)
+        return cast(IO[bytes], reader)
+    if media_type.endswith("gzip"):
+        return cast(IO[bytes], gzip.GzipFile(fileobj=stream, mode="rb"))
+    return stream
+
+
+def extract(stream: IO[bytes], target: Path, foreign: bool = False) -> None:
     """Write a layer's tar out under `target`, with modes, times, links and, as root, owners.
 
     Nothing is ever written outside `target`: a member's parents must be real folders made by this call.
 
+    Parameters:
+        foreign: a vendor's layer, which may remove what is below it (whiteouts, as overlayfs spells them).
+
     Raises:
-        BadLayer: a path that leaves the layer, a device, a whiteout.
+        BadLayer: a path that leaves the layer, a device, a whiteout in a layer of ours or for an ordinary user.
     """
     as_root = os.geteuid() == 0
     root = str(target)
@@ -165,10 +178,10 @@ def extract(stream: IO[bytes], target: Path) -> None:
 
     def place(name: str) -> str:
         parts = [part for part in name.split("/") if part not in ("", ".")]
-        if name.startswith("/") or ".." in parts:
+        if (name.startswith("/") and not foreign) or ".." in parts:
             raise BadLayer(f"{name!r} leads out of the layer")
-        if parts and parts[-1].startswith(".wh."):
-            raise BadLayer(f"{name!r} is a whiteout")
+        if parts and parts[-1].startswith(WHITEOUT) and not (foreign and as_root):
+            raise BadLayer(f"{name!r} is a whiteout" + (", for which it takes root" if foreign else ""))
         parent = "/".join(parts[:-1])
         if parent not in folders:
             for depth in range(1, len(parts)):
@@ -182,6 +195,10 @@ def extract(stream: IO[bytes], target: Path) -> None:
         for member in tar:
             name = place(member.name)
             path = f"{root}/{name}"
+            if name.rpartition("/")[2].startswith(WHITEOUT):
+                _remove_below(root, name)
+                tar.members.clear()  # type: ignore[attr-defined]
+                continue
             if not member.isdir() and os.path.lexists(path) and name not in folders:
                 # Two wheels may own one path: the later one has it, as in a container engine.
                 Path(path).unlink()
@@ -213,6 +230,21 @@ def extract(stream: IO[bytes], target: Path) -> None:
         made.chmod(0o755 if attributes is None else attributes.mode & 0o7777)
         if attributes is not None:
             os.utime(made, (attributes.mtime, attributes.mtime))
+
+
+WHITEOUT = ".wh."
+OPAQUE = ".wh..wh..opq"
+"""OCI image-spec, layer.md: a file's absence is an empty file of its name with a prefix; the second name is about all
+that is below a folder."""
+
+
+def _remove_below(root: str, name: str) -> None:
+    """Say, as overlayfs does, that what is below is not there."""
+    above, _, last = name.rpartition("/")
+    if last == OPAQUE:
+        os.setxattr(f"{root}/{above}", "trusted.overlay.opaque", b"y")
+        return
+    os.mknod(f"{root}/{above}/{last.removeprefix(WHITEOUT)}", stat.S_IFCHR, os.makedev(0, 0))
 
 
 def _make_folder(path: str, name: str) -> None:
@@ -250,7 +282,7 @@ class _Hashed:
 
     def __init__(
         self,
-        file: IO[bytes] | zstandard.ZstdDecompressionReader,
+        file: IO[bytes],
         advance: Callable[[int], None] | None = None,
     ) -> None:
         self._file = file

@@ -17,7 +17,8 @@ from drydock.definition import Architecture, Image, Model, VendorBase
 from drydock.errors import DrydockError
 from drydock.indexes import read_indexes
 from drydock.locks import Sha256, Size, read_sealed, sha256_json, write_lock
-from drydock.oci import CONFIG, INDEX, LAYER, MANIFEST, Layer
+from drydock.oci import CONFIG, INDEX, LAYER, MANIFEST, Built, Layer
+from drydock.publish import take_blobs
 from drydock.registry import (
     DOCKER_INDEX,
     DOCKER_MANIFEST,
@@ -27,6 +28,7 @@ from drydock.registry import (
     Registry,
     credentials,
 )
+from drydock.store import Store
 from drydock.transfer import Patience
 
 VARIABLE = "DRYDOCK_BASE_REGISTRY"
@@ -168,6 +170,26 @@ def lock_vendor(image: Image, environ: Mapping[str, str], patience: Patience | N
     if all(isinstance(error, Missing) for error in failures):
         said += f": set {VARIABLE} to a registry that has it"
     raise DrydockError(f"{base.repository}@{base.digest} is not to be had: {said}")
+
+
+def have_layers(
+    store: Store, image: Image, built: Built, environ: Mapping[str, str], patience: Patience | None = None
+) -> None:
+    """Bring the layers of an image's base into the store, which running it takes and building does not.
+
+    Raises:
+        OutOfSpace: they do not fit on the store's disk.
+        DrydockError: no registry of bases has them.
+    """
+    missing = {
+        layer.digest: layer.size
+        for layer in built.layers
+        if layer.vendor and not store.has(layer.digest, layer.size)
+    }
+    if not missing:
+        return
+    assert image.vendor
+    take_blobs(store, image.vendor.repository, missing, base_registries(environ), environ, patience=patience)
 
 
 def _read(client: Client, repository: str, image: Image) -> dict[str, Any]:

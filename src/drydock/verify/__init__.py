@@ -18,7 +18,7 @@ from pathlib import Path
 from drydock.errors import DrydockError
 from drydock.verify.accelerator import check_accelerator
 from drydock.verify.debs import check_debs
-from drydock.verify.distributions import check_distributions
+from drydock.verify.distributions import check_distributions, check_provided
 from drydock.verify.files import check_files
 from drydock.verify.here import verify_here
 from drydock.verify.image import open_image
@@ -52,6 +52,8 @@ def verify(root: Path, full: bool) -> Report:
         "libraries": lambda: check_libraries(image),
         "accelerator": lambda: check_accelerator(image.manifest, live),
     }
+    if image.manifest.vendor:
+        checks["base"] = lambda: check_provided(image)
     return Report(
         image=image.manifest.image,
         checks=tuple(Check.run(name, check) for name, check in checks.items()),

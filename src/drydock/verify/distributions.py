@@ -12,18 +12,22 @@ from drydock.verify.report import Finding, Outcome
 from drydock.verify.versions import normalize_name, same_version
 
 
-def dist_info_folders(image: Image) -> list[str]:
+def dist_info_folders(image: Image, site_packages: str = "") -> list[str]:
     """The names of the `*.dist-info` folders in site-packages."""
-    site_packages = Path(image.tree.where(image.manifest.site_packages))
-    return sorted(folder.name for folder in site_packages.glob("*.dist-info"))
+    where = Path(image.tree.where(site_packages or image.manifest.site_packages))
+    return sorted(folder.name for folder in where.glob("*.dist-info"))
 
 
-def read_installed(image: Image) -> tuple[dict[str, list[str]], list[Finding]]:
-    """What is installed as importlib.metadata would find it, name -> versions, and what does not say."""
+def read_installed(image: Image, site_packages: str = "") -> tuple[dict[str, list[str]], list[Finding]]:
+    """What is installed as importlib.metadata would find it, name -> versions, and what does not say.
+
+    Parameters:
+        site_packages: another folder than the image's own.
+    """
     installed: dict[str, list[str]] = {}
     findings = []
-    for folder in dist_info_folders(image):
-        path = f"{image.manifest.site_packages}/{folder}/METADATA"
+    for folder in dist_info_folders(image, site_packages):
+        path = f"{site_packages or image.manifest.site_packages}/{folder}/METADATA"
         try:
             header = image.tree.read(path).decode("utf-8", "replace").replace("\r", "").partition("\n\n")[0]
         except OSError as error:
@@ -54,3 +58,22 @@ def check_distributions(image: Image) -> Outcome:
             findings += compare_record(image.tree, record, entry.record)
     count = sum(map(len, installed.values()))
     return Outcome(len(locked), f"{count} installed, {len(locked)} locked", findings)
+
+
+def check_provided(image: Image) -> Outcome:
+    """What a vendor's base is said to hold: each distribution with its version, where Python finds it first."""
+    vendor = image.manifest.vendor
+    assert vendor
+    there: dict[str, str] = {}
+    for folder in vendor.site_packages:
+        for name, versions in read_installed(image, folder)[0].items():
+            there.setdefault(name, versions[0])
+    findings = []
+    for name, version in sorted(vendor.provides.items()):
+        if name not in there:
+            where = " or ".join(f"/{folder}" for folder in vendor.site_packages)
+            findings.append(Finding(name, f"{version} is to be in {vendor.name}, and is not in {where}"))
+        elif not same_version(version, there[name]):
+            findings.append(Finding(name, f"{version} is to be in {vendor.name}, {there[name]} is"))
+    detail = f"{len(vendor.provides)} provided by {vendor.name}, which holds {len(there)}"
+    return Outcome(len(vendor.provides), detail, findings)

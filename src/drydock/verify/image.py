@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from drydock.errors import DrydockError
 from drydock.verify.records import Rows, add_rows
@@ -39,6 +39,16 @@ class Accelerator:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VendorBase:
+    """The vendor's image that an image stands on; `site_packages` are without their leading slash, `provides` is
+    normalized name -> version."""
+
+    name: str
+    site_packages: tuple[str, ...]
+    provides: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """`/usr/share/drydock/manifest.json`. `prefix` and `site_packages` are without their leading slash,
     `debs` is name -> "version architecture"."""
@@ -56,6 +66,7 @@ class Manifest:
     absent_libraries: Mapping[str, str]
     foreign_objects: Mapping[str, str]
     environment: Mapping[str, str]
+    vendor: VendorBase | None = None
 
 
 def read_manifest(tree: Tree) -> Manifest:
@@ -98,9 +109,18 @@ def read_manifest(tree: Tree) -> Manifest:
             absent_libraries=dict(data["absent-libraries"]),
             foreign_objects=dict(data["foreign-objects"]),
             environment=dict(data["environment"]),
+            vendor=_vendor(data["base"]) if "base" in data else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DrydockError(f"/{path} cannot be read ({error!r}): build the image again") from error
+
+
+def _vendor(data: Mapping[str, Any]) -> VendorBase:
+    return VendorBase(
+        name=f"{data['repository']} {data['version']}",
+        site_packages=tuple(path.strip("/") for path in data["site-packages"]),
+        provides=dict(data["provides"]),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +141,9 @@ def open_image(root: Path) -> Image:
     tree = Tree(root)
     manifest = read_manifest(tree)
     in_prefix = tree.walk(manifest.prefix)
-    in_base = {path: seen for folder in BASE_FOLDERS for path, seen in tree.walk(folder).items()}
+    # Of a vendor's base nobody here knows the files.
+    folders = () if manifest.vendor else BASE_FOLDERS
+    in_base = {path: seen for folder in folders for path, seen in tree.walk(folder).items()}
     base: Rows = {}
     findings: list[Finding] = []
     with contextlib.suppress(OSError, csv.Error):  # `check_debs` reports it

@@ -50,11 +50,12 @@ def _check_python_in_tree(image: Image) -> Outcome:
     findings = []
     package = f"python{'.'.join(manifest.python.split('.')[:2])}-minimal"
     deb = manifest.debs.get(package, "no version").rpartition(" ")[0]
-    if deb.rpartition(":")[2].partition("-")[0].replace("~", "") != manifest.python:
+    if not manifest.vendor and deb.rpartition(":")[2].partition("-")[0].replace("~", "") != manifest.python:
         findings.append(Finding(package, f"Python {manifest.python} is locked, the deb is {deb}"))
     executable = f"{manifest.prefix}/bin/python"
     found = tree.resolve(executable)
     seen = tree.look(found) if found else None
     if seen is None or not seen.is_file:
         findings.append(Finding(f"/{executable}", "leads to no interpreter in the image"))
-    return Outcome(2, f"{manifest.python} by its deb; not started, since this tree is not running", findings)
+    by = "as declared of the vendor's base" if manifest.vendor else "by its deb"
+    return Outcome(2, f"{manifest.python} {by}; not started, since this tree is not running", findings)

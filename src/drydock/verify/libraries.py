@@ -65,6 +65,10 @@ def check_libraries(image: Image) -> Outcome:
     loader = Loader(image.tree, manifest)
     objects, findings, used = read_objects(image, loader)
     shipped = {elf.soname for path, elf in objects.items() if path.startswith(f"{manifest.prefix}/")}
+    if manifest.vendor:
+        # By name, since a vendor's torch has as many objects as all that is ours.
+        walked = (image.tree.walk(folder) for folder in manifest.vendor.site_packages)
+        shipped |= {path.rpartition("/")[2] for folder in walked for path in folder if ".so" in path}
     found: Counter[str] = Counter()
     for path, elf in objects.items():
         for name in elf.needed:
