@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import random
 import shutil
 import socket
@@ -22,6 +21,7 @@ from typing import Any
 
 import httpx
 import pytest
+from debian_registry import debian_registry
 from registry_server import Fault, RegistryServer, Repository
 
 from drydock import publish, registry
@@ -643,38 +643,8 @@ def test_without_a_registry_the_variable_is_named() -> None:
 @pytest.fixture
 def distribution(tmp_path: Path) -> Iterator[str]:
     """Debian's docker-registry."""
-    program = shutil.which("docker-registry")
-    if not program:
-        if os.environ.get("DRYDOCK_REQUIRE_DOCKER"):
-            pytest.fail("DRYDOCK_REQUIRE_DOCKER is set, and docker-registry is not installed")
-        pytest.skip("docker-registry is not installed (a Debian package)")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        host = f"127.0.0.1:{free.getsockname()[1]}"
-    settings = {
-        "version": 0.1,
-        "storage": {"filesystem": {"rootdirectory": str(tmp_path / "registry")}},
-        "http": {"addr": host},
-    }
-    # JSON is YAML.
-    (tmp_path / "registry.yml").write_text(json.dumps(settings))
-    log = (tmp_path / "registry.log").open("wb")
-    with subprocess.Popen(
-        [program, "serve", str(tmp_path / "registry.yml")], stdout=log, stderr=log
-    ) as process:
-        try:
-            deadline = time.monotonic() + 20
-            while True:
-                try:
-                    httpx.get(f"http://{host}/v2/")
-                    break
-                except httpx.TransportError:
-                    assert time.monotonic() < deadline, (tmp_path / "registry.log").read_text()[-2000:]
-                    time.sleep(0.05)
-            yield host
-        finally:
-            process.terminate()
-            log.close()
+    with debian_registry(tmp_path) as host:
+        yield host
 
 
 def test_debians_registry_takes_and_gives_images(
