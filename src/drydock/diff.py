@@ -132,7 +132,7 @@ def diff(old: Side, new: Side) -> dict[str, Any]:
 def text_lines(document: dict[str, Any]) -> Iterator[str]:
     """The differences for people."""
     yield f"{document['old']} -> {document['new']}"
-    for what, title in (("python", "Python"), ("debian", "Debian")):
+    for what, title in (("python", "Python"), ("base", "Base")):
         changes = document[what]
         added = [name for name, (before, _) in changes.items() if before is None]
         removed = [name for name, (_, after) in changes.items() if after is None]

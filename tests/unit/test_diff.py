@@ -24,7 +24,7 @@ def layer(title: str, digest: str, size: int) -> Layer:
 
 def a_side(**changes: Any) -> Side:
     values: dict[str, Any] = {
-        "name": "box-mini", "python": {"alpha": "1.0", "beta": "1.0"}, "debian": {"libc6": "2.41"},
+        "name": "box-mini", "python": {"alpha": "1.0", "beta": "1.0"}, "base": {"libc6": "2.41"},
         "environment": {"A": "1"}, "layers": None,
     }  # fmt: skip
     return Side(**values | changes)
@@ -32,7 +32,7 @@ def a_side(**changes: Any) -> Side:
 
 def test_the_same_differs_in_nothing() -> None:
     found = diff(a_side(), a_side())
-    assert (found["python"], found["debian"], found["environment"]) == ({}, {}, {})
+    assert (found["python"], found["base"], found["environment"]) == ({}, {}, {})
 
 
 def test_packages_variables_and_layers() -> None:
@@ -41,12 +41,12 @@ def test_packages_variables_and_layers() -> None:
     new = a_side(
         python={"alpha": "1.1", "gamma": "3"},
         environment={},
-        debian={"libc6": "2.42"},
+        base={"libc6": "2.42"},
         layers=(base, other, other),
     )
     found = diff(old, new)
     assert found["python"] == {"alpha": ["1.0", "1.1"], "beta": ["1.0", None], "gamma": [None, "3"]}
-    assert found["debian"] == {"libc6": ["2.41", "2.42"]}
+    assert found["base"] == {"libc6": ["2.41", "2.42"]}
     assert found["environment"] == {"A": ["1", None]}
     assert found["layers"] == {
         "of": 2, "shared": 1, "shared_bytes": 100, "pulled_bytes": 20, "pulled": [{"title": "alpha 1.1", "bytes": 20}],
