@@ -297,10 +297,16 @@ def read_toml(path: Path, model: type[AnyModel]) -> AnyModel:
         return model.model_validate(data, by_alias=True, by_name=False)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        what = {"extra_forbidden": "unknown key", "missing": "required, and not there"}.get(
-            first["type"], first["msg"].removeprefix("Value error, ")
-        )
+        # pydantic puts the kind of a base, which chose among the two models, into the path.
+        kinds = {("base", "debian"), ("base", "image")}
+        path_in = first["loc"]
+        parts = [part for n, part in enumerate(path_in) if n == 0 or (path_in[n - 1], part) not in kinds]
+        key = ".".join(str(part) for part in parts)
+        what = {
+            "extra_forbidden": "unknown key",
+            "missing": "required, and not there",
+            "union_tag_not_found": "its kind is required, and not there",
+        }.get(first["type"], first["msg"].removeprefix("Value error, "))
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise DrydockError(f"{path}: {key}: {what}{more}") from error
 

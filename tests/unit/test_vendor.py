@@ -245,7 +245,7 @@ def test_a_mirror_is_asked_where_the_first_does_not_have_it(
 @pytest.mark.parametrize("digest", ["1.2.1", "sha256:12", "latest", "", "sha512:" + "0" * 64])
 def test_a_tag_is_no_digest(tmp_path: Path, digest: str) -> None:
     message = refusal(project, tmp_path, digest)
-    assert "base.image.digest" in message
+    assert "base.digest" in message
     assert "a tag moves" in message
 
 
