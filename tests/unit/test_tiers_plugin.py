@@ -229,7 +229,8 @@ def test_long(profile):
 
 
 def test_every_way_to_wait_in_python_is_left_and_the_run_goes_on(tier: Tier) -> None:
-    tier.budget("[each]\ntest = { ceiling = 0.3 }\nstop = { ceiling = 10 }")
+    # Not less: a disk that writes back makes a test that does nothing take half a second.
+    tier.budget("[each]\ntest = { ceiling = 0.9 }\nstop = { ceiling = 10 }")
     run = tier.run(
         """
 from hypothesis import HealthCheck, given, settings, strategies
@@ -280,7 +281,7 @@ def test_inner_phase():
     with phase("test"):
         time.sleep(60)
 
-@settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=10_000)
+@settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=100_000)
 @given(strategies.integers())
 def test_property(drawn):
     time.sleep(0.02)
@@ -300,8 +301,8 @@ def test_after_them():
     for name in names:
         row = run.row(f"test_{name}")
         assert row["phase"] == "test"
-        assert "s in phase test; 0.3 s of 0.3 s are used (the entry for any one test)" in row["message"]
-        assert 0.3 <= row["phases"]["test"] < 10
+        assert "s in phase test; 0.9 s of 0.9 s are used (the entry for any one test)" in row["message"]
+        assert 0.9 <= row["phases"]["test"] < 10
         assert f"test_{name}" in run.frames(f"test_{name}")
     assert run.row("test_inner_phase")["phases"]["ready"] >= 0.1
     # Each was told once, hypothesis too.
