@@ -397,7 +397,7 @@ def test_after():
 
 def test_what_an_overrun_test_started_ends_and_what_is_shared_stays(tier: Tier) -> None:
     tier.budget(
-        '[each]\ntest = { ceiling = 10 }\n[tests."test_it.py::test_overruns"]\ntest = { ceiling = 0.6 }'
+        '[each]\ntest = { ceiling = 10 }\n[tests."test_it.py::test_overruns"]\ntest = { ceiling = 3 }'
     )
     run = tier.run(
         """
