@@ -18,13 +18,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from drydock.errors import DrydockError
-from drydock.oci import INDEX, MANIFEST
+from drydock.errors import DrydockError, OutOfSpace
+from drydock.indexes import read_indexes
+from drydock.oci import INDEX, MANIFEST, hex_of
 from drydock.store import CHUNK
 from drydock.transfer import (
     CONNECTIONS,
@@ -45,12 +46,17 @@ DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
 ACCEPTED = (MANIFEST, INDEX, DOCKER_MANIFEST, DOCKER_INDEX)
 LARGEST_MANIFEST = 4 << 20
 """Bytes; a registry need not take a larger one, and none is read further."""
+LARGEST_CONFIG = 4 << 20
+"""Bytes: no config of an image is larger, and it is read into memory."""
 MOST_TAGS = 1000
 """Tags of one page; a registry may give fewer and says where to go on."""
 PIECE = 64 << 20
 """Bytes of one request of an upload. Debian's registry forgets all of a request that breaks off."""
 COMMIT_SECONDS = 1800.0
 """The answer to an upload's end may take as long as the registry's storage takes to copy and hash gigabytes."""
+
+
+Answer = TypeVar("Answer")
 
 
 class Registry(NamedTuple):
@@ -210,6 +216,29 @@ class Client:
             headers={"User-Agent": "drydock", "Accept-Encoding": "identity"},
         )
 
+    @classmethod
+    def configured(
+        cls,
+        registry: Registry,
+        environ: Mapping[str, str],
+        patience: Patience | None = None,
+        stop: threading.Event | None = None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> Client:
+        """One with the user's login and certificates.
+
+        Raises:
+            DrydockError: the configuration cannot be read.
+        """
+        return cls(
+            registry,
+            login=credentials(registry.host, environ),
+            tls=read_indexes(environ).tls(),
+            patience=patience,
+            stop=stop,
+            note=note,
+        )
+
     def close(self) -> None:
         """End its connections."""
         self._client.close()
@@ -240,8 +269,7 @@ class Client:
                 return data, response.headers.get("Content-Type", "").partition(";")[0]
 
         data, kind = self._insist(once)
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise Refused(f"{self.registry} serves other bytes for {repository}@sha256:{digest}")
+        self._check(data, repository, digest)
         return data, kind
 
     def tagged(self, repository: str, tag: str) -> str | None:
@@ -254,9 +282,8 @@ class Client:
                 if response.status_code == 404:
                     return None
                 self._expect(response, (200,), f"{repository}:{tag}")
-                if found := _digest(response.headers.get("Docker-Content-Digest", "")):
-                    return found
-            # The header is no duty.
+                with contextlib.suppress(ValueError):  # the header is no duty
+                    return hex_of(response.headers.get("Docker-Content-Digest", "").strip())
             with self._ask("GET", url, pull(repository), headers=headers, follow=True) as response:
                 self._expect(response, (200,), f"{repository}:{tag}")
                 return hashlib.sha256(_small(response, LARGEST_MANIFEST)).hexdigest()
@@ -376,19 +403,18 @@ class Client:
             url = f"{self.registry.url}{repository}/blobs/sha256:{digest}"
             with self._ask("GET", url, pull(repository), follow=True) as response:
                 self._expect(response, (200,), f"{repository}@sha256:{digest}")
-                data = b""
-                for chunk in response.iter_raw():
-                    data += chunk
-                    if len(data) > size:
-                        break
+                data = _small(response, size)
             if len(data) < size:
                 raise Again(f"{self.registry.host} broke off at {len(data)} of {size} bytes")
             return data
 
         data = self._insist(once)
+        self._check(data, repository, digest)
+        return data
+
+    def _check(self, data: bytes, repository: str, digest: str) -> None:
         if hashlib.sha256(data).hexdigest() != digest:
             raise Refused(f"{self.registry} serves other bytes for {repository}@sha256:{digest}")
-        return data
 
     def mount_blob(self, repository: str, digest: str, size: int, sources: Sequence[str]) -> bool:
         """Have a blob of another repository of this registry; whether one has it and it could be mounted."""
@@ -414,22 +440,19 @@ class Client:
         digest: str,
         path: Path,
         *,
-        mount: Sequence[str] = (),
         begun: str | None = None,
         keep: Callable[[str | None], None] = lambda _: None,
         advance: Callable[[int], None] = lambda _: None,
-    ) -> int | None:
-        """Bring a blob there; the bytes that were sent for it, or None where it was mounted.
+    ) -> int:
+        """Bring a blob there; the bytes that were sent for it.
 
         Parameters:
             path: the file of that hex sha256.
-            mount: repositories of the same registry that may hold it already.
             begun: where an earlier run had begun to send it, as `keep` was told.
             keep: is told where the upload goes on if this process ends, and None once there is nothing to go on with.
             advance: is told of bytes that are there, and of lost ones as a negative number.
         """
-        upload = _Upload(self, repository, digest, path, begun, keep, advance)
-        return upload.run(mount)
+        return _Upload(self, repository, digest, path, begun, keep, advance).run()
 
     # One exchange
 
@@ -555,6 +578,54 @@ class Client:
             raise failure from error
 
 
+def first_of(
+    clients: Sequence[Client],
+    ask: Callable[[Client], Answer],
+    what: str,
+    remedy: str,
+    note: Callable[[str], None] = lambda _: None,
+) -> tuple[Client, Answer]:
+    """The first registry that gives what is asked, and what it gave.
+
+    Parameters:
+        remedy: what to do where none of them has it.
+        note: is told of a registry that serves something else.
+
+    Raises:
+        OutOfSpace: at once, since no other registry would help.
+        DrydockError: none gives it; the line has what each said.
+    """
+    failures: list[DrydockError] = []
+    for client in clients:
+        try:
+            return client, ask(client)
+        except OutOfSpace:
+            raise
+        except DrydockError as error:
+            failures.append(error)
+            if isinstance(error, Refused):
+                note(f"refused: {error}")
+    said = "; ".join(dict.fromkeys(str(error) for error in failures))
+    if all(isinstance(error, Missing) for error in failures):
+        said += f": {remedy}"
+    raise DrydockError(f"{what} is not to be had: {said}")
+
+
+def read_object(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON document that a registry or the store gave.
+
+    Raises:
+        Refused: it is none.
+    """
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        raise Refused(f"{what} is not JSON") from error
+    if not isinstance(document, dict):
+        raise Refused(f"{what} is no JSON object")
+    return document
+
+
 class _Closed(Exception):
     """The blob is there: what is gone is only the session that brought it."""
 
@@ -577,8 +648,6 @@ class _Upload:
     asked: bool = False
     """Whether that is all."""
     sent: int = 0
-    scopes: tuple[str, ...] = ()
-    """Those with which the session was opened: a token for them is there."""
     resumed: bool = False
     """Whether the session is an earlier run's."""
 
@@ -586,37 +655,15 @@ class _Upload:
     def what(self) -> str:
         return f"{self.repository}@sha256:{self.digest}"
 
-    def run(self, mount: Sequence[str]) -> int | None:
-        self.scopes = tuple(push(self.repository))
+    @property
+    def scopes(self) -> list[str]:
+        return push(self.repository)
+
+    def run(self) -> int:
         self.resumed = self.location is not None
-        if not self.resumed and self._mounted(mount):
-            return None
         with contextlib.suppress(_Closed):
             self.client._insist(self._go_on, lambda: self.confirmed)
         return self.sent
-
-    def _mounted(self, mount: Sequence[str]) -> bool:
-        """Whether it could be had from another repository there; a failure to do so is not one of the push."""
-        for other in mount:
-            with contextlib.suppress(DrydockError):
-                if self.client.has_blob(other, self.digest, self.path.stat().st_size):
-                    return self.client._insist(lambda other=other: self._mount(other))  # type: ignore[misc]
-        return False
-
-    def _mount(self, other: str) -> bool:
-        url = f"{self.client.registry.url}{self.repository}/blobs/uploads/"
-        query = httpx.QueryParams({"mount": f"sha256:{self.digest}", "from": other})
-        scopes = (*push(self.repository), *pull(other))
-        with self.client._ask("POST", f"{url}?{query}", scopes, content=b"") as response:
-            if response.status_code == 201:
-                self.advance(self.path.stat().st_size)
-                return True
-            # 202: it does not mount, and opened a session to send the blob in.
-            self.client._expect(response, (202,), self.what, writing=True)
-            self.scopes = scopes
-            self._at(response)
-        self.asked = True
-        return False
 
     def _at(self, response: httpx.Response) -> None:
         location = response.headers.get("Location", "")
@@ -628,7 +675,6 @@ class _Upload:
     def _begin(self) -> None:
         """Open a session."""
         url = f"{self.client.registry.url}{self.repository}/blobs/uploads/"
-        self.scopes = tuple(push(self.repository))
         with self.client._ask("POST", url, self.scopes, content=b"") as response:
             self.client._expect(response, (202,), self.what, writing=True)
             self._at(response)
@@ -736,11 +782,6 @@ def _small(response: httpx.Response, most: int) -> bytes:
         if len(data) > most:
             break
     return data
-
-
-def _digest(text: str) -> str | None:
-    found = re.fullmatch(r"sha256:([0-9a-f]{64})", text.strip())
-    return found[1] if found else None
 
 
 def _said(response: httpx.Response) -> str:

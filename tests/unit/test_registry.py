@@ -31,7 +31,7 @@ from drydock.publish import Pulled, Pushed
 from drydock.published import write_record
 from drydock.registry import Registry, credentials
 from drydock.store import CHUNK, Store
-from drydock.transfer import Patience
+from drydock.transfer import Part, Patience
 
 QUICK = Patience(attempts=4, backoff=0.01, connect=1.0, read=2.0)
 TODAY = datetime(2026, 11, 23, tzinfo=UTC)
@@ -482,7 +482,7 @@ def test_a_disk_that_fills_up_leaves_what_can_be_gone_on_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     send(store, built, server.host)
-    write = publish.Part.write
+    write = Part.write
 
     def full(self: Any, data: bytes) -> None:
         if self.size > CHUNK:
@@ -490,7 +490,7 @@ def test_a_disk_that_fills_up_leaves_what_can_be_gone_on_with(
         write(self, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish.Part, "write", full)
+        patch.setattr(Part, "write", full)
         with pytest.raises(OutOfSpace):
             take(checkout, other, server.host)
     assert other.read_record("images", "cpu-vllm") is None
