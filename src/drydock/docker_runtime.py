@@ -119,7 +119,10 @@ class DockerRuntime:
         )
 
     def run(self, store: Store, built: Built, task: Task) -> int:
-        """Run the task in a container of its own, which is removed afterwards."""
+        """Run the task in a container of its own, which a thread removes beside what comes next.
+
+        The process does not end before that thread.
+        """
         del store
         check_architecture(built, self._client.info()["Architecture"])
         self._remove_orphans()
@@ -130,7 +133,7 @@ class DockerRuntime:
                     return self._interactive(container)
                 return self._stream(container)
             finally:
-                container.remove(force=True, v=True)
+                threading.Thread(target=_remove, args=(container,), name="removal").start()
 
     def _remove_orphans(self) -> None:
         """End containers of a drydock on this machine that was killed before it could end them itself."""
@@ -203,6 +206,13 @@ class DockerRuntime:
         if container.status == "created":
             return started.returncode
         return int(container.wait()["StatusCode"])
+
+
+def _remove(container: Container) -> None:
+    try:
+        container.remove(force=True, v=True)
+    except (DockerException, OSError) as error:
+        print(f"drydock: container {container.short_id} is not removed: {_reason(error)}", file=sys.stderr)
 
 
 def _copy(output: Iterable[tuple[bytes | None, bytes | None]]) -> None:

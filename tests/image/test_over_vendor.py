@@ -22,6 +22,7 @@ from mini_image import REPOSITORY, SITE, Outcome, Project, build, drydock, locke
 sys.path.insert(0, str(REPOSITORY / "tests/unit"))
 
 from debian_registry import debian_registry
+from project import VENDOR_DEFINITION
 from registry_server import RegistryServer
 
 from drydock import locks
@@ -35,33 +36,6 @@ from drydock.verify import verify
 
 PLACE = "usr/local/lib/python3.13/dist-packages"
 NAME = "vendor/release"
-
-DEFINITION = """\
-hardware = "{hardware}"
-summary = "over somebody else's image"
-architecture = "{architecture}"
-python = "3.13"
-manylinux = "2_40"
-default-engine = "mini"
-[base]
-kind = "image"
-repository = "{repository}"
-digest = "sha256:{digest}"
-version = "1.2.1"
-python-version = "3.13.5"
-interpreter = "/usr/bin/python3.13"
-site-packages = ["/{place}"]
-[base.provides]
-six = "{six}"
-[accelerator]
-kind = "none"
-[engine.mini]
-summary = "a few wheels"
-distribution = "six"
-requirements = ["click"]
-[engine.mini.environment]
-OURS = "1"
-"""
 
 
 @dataclass(frozen=True)
@@ -132,9 +106,10 @@ def over(root: Path, artifacts: Store, made: Any, architecture: Architecture, ho
     path = project.root / "images/over/image.toml"
     path.parent.mkdir()
     path.write_text(
-        DEFINITION.format(
-            hardware="over", architecture=architecture, repository=NAME, digest=vendor.digest, place=PLACE,
-            six=packages["six"]["version"],
+        VENDOR_DEFINITION.format(
+            hardware="over", architecture=architecture, repository=NAME, digest=f"sha256:{vendor.digest}",
+            site_packages=f"/{PLACE}", provided="six", version=packages["six"]["version"],
+            requirements='["click"]', more='[engine.mini.environment]\nOURS = "1"',
         )
     )  # fmt: skip
     image = project.image("over-mini")

@@ -9,16 +9,16 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
 import re
 import threading
 import uuid
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
+
+from loopback import LoopbackServer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +59,14 @@ class Request:
     """Bytes of the body that arrived."""
 
 
-class RegistryServer:
+class RegistryServer(LoopbackServer):
     """`login` asks for that user and password: by `basic`, or for tokens that are good for `lifetime` requests.
 
     `elsewhere` is the address that blobs are redirected to; `page` is how many tags a list has.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytearray] = {}
         self.faults: list[Fault] = []
@@ -82,34 +83,9 @@ class RegistryServer:
         self.steals = ""
         """An address that what is redirected to asks for a password at."""
         self._guard = threading.Lock()
-        server = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_any(self) -> None:
-                with contextlib.suppress(ConnectionError):
-                    _Exchange(server, self).answer()
-
-            do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = handle_any
-
-            def log_message(self, format: str, *arguments: Any) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self._http.block_on_close = False
-        self._http.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients hang up on purpose
-        self.host = f"127.0.0.1:{self._http.server_address[1]}"
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
-
-    def __enter__(self) -> RegistryServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        _Exchange(self, handler).answer()
 
     def of(self, method: str, path: str = "") -> list[Request]:
         """The requests of a method whose path holds a text."""

@@ -844,12 +844,17 @@ def test_docker_refuses_a_damaged_layer(docker_runtime: Runtime, tmp_path: Path)
 
 
 def test_docker_leaves_no_container(
-    docker_runtime: Runtime, store: Store, image: Built, task: Callable[..., Task]
+    docker_runtime: Runtime, store: Store, image: Built, tmp_path: Path
 ) -> None:
     import docker
 
-    docker_runtime.prepare(store, image)
-    docker_runtime.run(store, image, task(""))
+    record(store, image)
+    done = subprocess.run(
+        host_command(docker_runtime.name, store, tmp_path, "python3", "-S", "-c", "print('ran')"),
+        capture_output=True, text=True, check=True, env=HOST_ENVIRONMENT,
+    )  # fmt: skip
+    assert done.stdout == "ran\n"
+    assert "is not removed" not in done.stderr
     ours: dict[str, str | list[str] | bool] = {"label": "dev.drydock=run", "ancestor": image.reference}
     assert not docker.from_env().containers.list(all=True, filters=ours)
 
