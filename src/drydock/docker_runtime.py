@@ -10,14 +10,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import docker
-from docker.errors import APIError, DockerException, ImageNotFound
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.types import DeviceRequest, Mount
 
 from drydock import oci
+from drydock.definition import Image
 from drydock.errors import DrydockError
 from drydock.namespaces import USER_ID
 from drydock.oci import Built
@@ -74,6 +76,55 @@ class DockerRuntime:
         """The engine's version, and whether it keeps images in the containerd store."""
         about = self._client.info()
         return str(about["ServerVersion"]), _containerd(about)
+
+    def held(self, name: str, recorded: Mapping[str, Any]) -> Built | None:
+        """The recorded image, if the engine holds it; its layers are the engine's own."""
+        built = _named(name, recorded)
+        if not self._loaded(built):
+            return None
+        facts = self._client.images.get(built.reference).attrs
+        environment = dict(entry.split("=", 1) for entry in facts["Config"]["Env"])
+        return replace(built, architecture=facts["Architecture"], environment=environment)
+
+    def pull(self, image: Image, store: Store, recorded: Mapping[str, Any]) -> Built:
+        """Have the engine pull what is recorded, by that digest."""
+        del store
+        from drydock.publish import registries, source_of
+        from drydock.registry import Registry, first_of
+
+        source = source_of(image.name, registries(os.environ))
+        with Progress("pull into docker", recorded["size"]) as progress:
+            progress.start(image.name)
+
+            def ask(place: Registry) -> Built:
+                repository = f"{place.host}/{place.repository(source.repository)}"
+                self._pull(repository, recorded["digest"], progress)
+                pulled = self._client.images.get(f"{repository}@{recorded['digest']}")
+                ours, _, tag = _named(image.name, recorded).reference.partition(":")
+                pulled.tag(ours, tag)
+                if built := self.held(image.name, recorded):
+                    return built
+                raise DrydockError(f"{place} gave {pulled.id}, which is not what is recorded")
+
+            what = f"{image.name} {recorded['digest']}"
+            return first_of(source.places, ask, what, source.remedy, progress.note)[1]
+
+    def _pull(self, repository: str, digest: str, progress: Progress) -> None:
+        from drydock.registry import Missing
+
+        seen: dict[str, int] = {}
+        try:
+            for event in self._client.api.pull(repository, tag=digest, stream=True, decode=True):
+                if "error" in event:
+                    raise DrydockError(f"Docker: {event['error']}")
+                if event.get("status") == "Downloading":
+                    current = event["progressDetail"].get("current", 0)
+                    progress.advance(current - seen.get(event["id"], 0))
+                    seen[event["id"]] = current
+        except NotFound as error:
+            raise Missing(f"{repository}@{digest} is not there") from error
+        except (DockerException, OSError) as error:
+            raise DrydockError(f"Docker: {_reason(error)}") from error
 
     def prepare(self, store: Store, built: Built) -> None:
         """Load the image, unless the engine holds this very one."""
@@ -137,8 +188,9 @@ class DockerRuntime:
 
     def _remove_orphans(self) -> None:
         """End containers of a drydock on this machine that was killed before it could end them itself."""
+        # One that its own drydock removes meanwhile is no orphan.
         for container in self._client.containers.list(
-            all=True, filters={"label": f"{OWNER}={platform.node()}"}
+            all=True, ignore_removed=True, filters={"label": f"{OWNER}={platform.node()}"}
         ):
             if not Path("/proc", container.labels.get(OWNER_PID, "")).is_dir():
                 with contextlib.suppress(DockerException):
@@ -206,6 +258,18 @@ class DockerRuntime:
         if container.status == "created":
             return started.returncode
         return int(container.wait()["StatusCode"])
+
+
+def _named(name: str, recorded: Mapping[str, Any]) -> Built:
+    """A recorded image, of which no more is known than its digests."""
+    return Built(
+        name=name,
+        architecture="",
+        digest=oci.hex_of(recorded["digest"]),
+        config_digest=oci.hex_of(recorded["config-digest"]),
+        layers=(),
+        environment={},
+    )
 
 
 def _remove(container: Container) -> None:

@@ -57,6 +57,7 @@ COMMIT_SECONDS = 1800.0
 
 
 Answer = TypeVar("Answer")
+Place = TypeVar("Place")
 
 
 class Registry(NamedTuple):
@@ -579,15 +580,16 @@ class Client:
 
 
 def first_of(
-    clients: Sequence[Client],
-    ask: Callable[[Client], Answer],
+    places: Sequence[Place],
+    ask: Callable[[Place], Answer],
     what: str,
     remedy: str,
     note: Callable[[str], None] = lambda _: None,
-) -> tuple[Client, Answer]:
+) -> tuple[Place, Answer]:
     """The first registry that gives what is asked, and what it gave.
 
     Parameters:
+        places: registries, or clients of them, in the order in which they are asked.
         remedy: what to do where none of them has it.
         note: is told of a registry that serves something else.
 
@@ -596,9 +598,9 @@ def first_of(
         DrydockError: none gives it; the line has what each said.
     """
     failures: list[DrydockError] = []
-    for client in clients:
+    for place in places:
         try:
-            return client, ask(client)
+            return place, ask(place)
         except OutOfSpace:
             raise
         except DrydockError as error:

@@ -16,8 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import docker
 import pytest
-from mini_image import REPOSITORY, SITE, Outcome, Project, build, drydock, locked, seeded, unpacked
+from mini_image import (
+    REPOSITORY,
+    SITE,
+    Outcome,
+    Project,
+    build,
+    docker_engine,
+    drydock,
+    locked,
+    seeded,
+    unpacked,
+)
 
 sys.path.insert(0, str(REPOSITORY / "tests/unit"))
 
@@ -261,15 +273,7 @@ def test_the_other_architectures_is_built_and_its_tree_is_right(
 def test_docker_pulls_it_from_debians_registry_and_it_verifies_there(
     tmp_path: Path, artifacts: Store, tiny: Any, architecture: Architecture
 ) -> None:
-    import docker
-
-    try:
-        engine = docker.from_env()
-        engine.ping()
-    except (docker.errors.DockerException, OSError) as error:
-        if os.environ.get("DRYDOCK_REQUIRE_DOCKER"):
-            pytest.fail(str(error))
-        pytest.skip(f"not run: {error}")
+    engine = docker_engine()
     with debian_registry(tmp_path) as host:
         there = over(tmp_path / "ours", artifacts, tiny, architecture, host)
         assert build(there.project, there.store, name="over-mini").status == 0
