@@ -216,6 +216,7 @@ class DockerRuntime:
                 device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if task.gpus else [],
                 init=True,
                 shm_size=SHARED_MEMORY,
+                platform=f"linux/{built.architecture}",
                 labels={**LABEL, OWNER: platform.node(), OWNER_PID: str(os.getpid())},
                 stdin_open=task.interactive,
                 tty=task.interactive and sys.stdin.isatty(),

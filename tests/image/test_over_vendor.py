@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import sys
 import tarfile
 import zipfile
@@ -42,6 +43,7 @@ from drydock.definition import Architecture, Image
 from drydock.oci import Built, Layer, canonical, manifest_document, read_image
 from drydock.publish import push
 from drydock.registry import Registry
+from drydock.runtime import runs
 from drydock.store import Store
 from drydock.vendor import GZIP, read_vendor_lock
 from drydock.verify import verify
@@ -270,23 +272,32 @@ def test_the_other_architectures_is_built_and_its_tree_is_right(
     assert report.machine == there.image.machine
 
 
+@pytest.mark.parametrize("base", ["tiny", "far"], ids=["this-architecture", "the-other"])
 def test_docker_pulls_it_from_debians_registry_and_it_verifies_there(
-    tmp_path: Path, artifacts: Store, tiny: Any, architecture: Architecture
+    tmp_path: Path, artifacts: Store, base: str, request: pytest.FixtureRequest
 ) -> None:
     engine = docker_engine()
+    made = request.getfixturevalue(base)
+    architecture = made.built.architecture
+    if not runs(architecture, platform.machine()):
+        message = f"this kernel has no emulator of {architecture} (qemu-user with binfmt_misc, flag F)"
+        if os.environ.get("DRYDOCK_REQUIRE_EMULATION"):
+            pytest.fail(message)
+        pytest.skip(f"not run: {message}")
     with debian_registry(tmp_path) as host:
-        there = over(tmp_path / "ours", artifacts, tiny, architecture, host)
+        there = over(tmp_path / "ours", artifacts, made, architecture, host)
         assert build(there.project, there.store, name="over-mini").status == 0
         pushed = there.drydock("push", "over-mini", "--json").document
         assert pushed["mounted"] == len({layer.digest for layer in there.vendor.layers})
         name = f"{host}/over-mini@sha256:{pushed['digest']}"
         try:
-            engine.images.pull(name)
+            engine.images.pull(name, platform=f"linux/{architecture}")
             said = engine.containers.run(
                 name,
                 ["python", "-m", "drydock.verify", "--full"],
                 volumes={str(REPOSITORY / "src"): {"bind": "/drydock", "mode": "ro"}},
                 environment={"PYTHONPATH": "/drydock", "PYTHONDONTWRITEBYTECODE": "1"},
+                platform=f"linux/{architecture}",
                 remove=True,
             )
         finally:
