@@ -60,7 +60,8 @@ class Request:
 
 
 class RegistryServer(LoopbackServer):
-    """`login` asks for that user and password: by `basic`, or for tokens that are good for `lifetime` requests.
+    """`login` asks for that user and password: by `basic`, or for tokens that are good for `lifetime` requests, which
+    `identity` gets too.
 
     `elsewhere` is the address that blobs are redirected to; `page` is how many tags a list has.
     """
@@ -73,6 +74,7 @@ class RegistryServer(LoopbackServer):
         self.requests: list[Request] = []
         self.login: tuple[str, str] | None = None
         self.basic = False
+        self.identity = uuid.uuid4().hex
         self.lifetime = 1_000_000
         self.tokens: dict[str, int] = {}
         self.scopes: list[list[str]] = []
@@ -197,14 +199,21 @@ class _Exchange:
 
     def _token(self) -> None:
         assert self.server.login
-        if self.handler.headers.get("Authorization") != _basic(self.server.login):
+        if self.method == "POST":
+            form = {name: values[0] for name, values in parse_qs(self._body().decode()).items()}
+            granted = form["grant_type"] == "refresh_token" and form["refresh_token"] == self.server.identity
+            service, scopes, name = form["service"], form["scope"].split(), "access_token"
+        else:
+            granted = self.handler.headers.get("Authorization") == _basic(self.server.login)
+            service, scopes, name = self.query["service"], self.scopes, "token"
+        if not granted:
             self._send(401)
             return
-        assert self.query["service"] == "drydock-test"
-        self.server.scopes.append(self.scopes)
+        assert service == "drydock-test"
+        self.server.scopes.append(scopes)
         token = uuid.uuid4().hex
         self.server.tokens[token] = self.server.lifetime
-        self._send(200, body=json.dumps({"token": token}).encode())
+        self._send(200, body=json.dumps({name: token}).encode())
 
     # What is there
 
