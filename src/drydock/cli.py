@@ -78,6 +78,9 @@ def lock(
     upgrade: Annotated[
         list[str] | None, typer.Option("--upgrade", metavar="PKG", help="move this package")
     ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="move every package that the definitions let move")
+    ] = False,
     base: Annotated[bool, typer.Option("--base", help="only the bases' Debian packages")] = False,
     as_json: Json = False,
 ) -> None:
@@ -98,7 +101,9 @@ def lock(
             raise CheckFailed(f"{bad} of {len(answer['locks'])} locks are not right")
         return
     moving = tuple(upgrade or ())
-    changes = relock.lock(chosen, open_store(root), os.environ, upgrade=moving, only_base=base)
+    changes = relock.lock(
+        chosen, open_store(root), os.environ, upgrade=moving, refresh=refresh, only_base=base
+    )
     if as_json:
         _say(changes)
         return
@@ -141,6 +146,9 @@ def build(
     ] = None,
     load: Annotated[bool, typer.Option("--load", help="load it into Docker")] = False,
     record: Annotated[bool, typer.Option("--record", help="write its digests into lock/images.toml")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="fail where its digests are not those of lock/images.toml")
+    ] = False,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="layers made at a time")] = None,
     as_json: Json = False,
 ) -> None:
@@ -180,12 +188,17 @@ def build(
     recorded = compare(root, built)
     if as_json:
         _say(describe(built, seconds) | {"recorded": recorded})
-        return
-    made = sum(layer.made for layer in built.layers)
-    print(f"{built.name} sha256:{built.digest}")
-    size = f"{len(built.layers)} layers ({made} made), {built.size / 1e9:.2f} GB"
-    print(f"config sha256:{built.config_digest}, {size}, {seconds:.1f} s")
-    print(f"lock/images.toml: {recorded}")
+    else:
+        made = sum(layer.made for layer in built.layers)
+        print(f"{built.name} sha256:{built.digest}")
+        size = f"{len(built.layers)} layers ({made} made), {built.size / 1e9:.2f} GB"
+        print(f"config sha256:{built.config_digest}, {size}, {seconds:.1f} s")
+        print(f"lock/images.toml: {recorded}")
+    if check and recorded != "same":
+        raise CheckFailed(
+            f"{built.name} is {recorded} in lock/images.toml: if that is meant, "
+            f"`drydock build {built.name} --record` and commit it"
+        )
 
 
 Place = Annotated[
