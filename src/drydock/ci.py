@@ -19,6 +19,7 @@ from pydantic import Field
 from drydock.build import carried
 from drydock.definition import MACHINES, Image, Model, debian_lock_path, image_names, read_toml
 from drydock.diff import text_at
+from drydock.docker_runtime import SHARED_MEMORY
 from drydock.errors import DrydockError
 from drydock.matrix import table
 from drydock.plan import ASSEMBLER, LIBRARIES
@@ -43,10 +44,11 @@ Option = Annotated[str, Field(pattern=r"^--[A-Za-z0-9][A-Za-z0-9./:,=_-]*$")]
 
 
 class Builder(Model):
-    """The machine that builds images, and for how long it may at one."""
+    """The machine that builds images, and for how long it may at one and at all of them."""
 
     labels: Annotated[tuple[str, ...], Field(min_length=1)]
     minutes: Minutes
+    all_minutes: Minutes
 
 
 class Allowance(Model):
@@ -169,6 +171,14 @@ def changed(root: Path, base: str) -> tuple[str, list[str]]:
     return parted, sorted({*tracked.split("\0"), *new.split("\0")} - {""})
 
 
+def _gone(root: Path, base: str) -> bool:
+    """Whether it is a whole commit's id, which nobody mistypes, and git has no such commit."""
+    command = ["git", "-C", str(root), "cat-file", "-e", f"{base}^{{commit}}"]
+    return bool(re.fullmatch("[0-9a-f]{40}", base)) and bool(
+        subprocess.run(command, capture_output=True, check=False).returncode
+    )
+
+
 def _git(root: Path, *words: str) -> str:
     done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -188,8 +198,9 @@ def touched(root: Path, base: str | None) -> Touched:
         DrydockError: git does not know the revision, or a definition cannot be read.
     """
     images = [Image.named(root, name) for name in image_names(root)]
-    if not base:
-        everything = {image.name: ["everything: there is nothing to compare with"] for image in images}
+    if not base or _gone(root, base):
+        why = f"{base} is gone, of a branch that was moved" if base else "there is nothing to compare with"
+        everything = {image.name: [f"everything: {why}"] for image in images}
         return Touched(images=everything, tiers=everything)
     parted, paths = changed(root, base)
     tools = _moved_libraries(root, parted) if TOOLS in paths else []
@@ -302,7 +313,7 @@ def _session(
         digest=record["digest"],
         reference=f"{registry.host}/{registry.repository(image.name)}@{record['digest']}",
         labels=machine.labels,
-        docker=" ".join(machine.docker),
+        docker=" ".join(("--init", f"--shm-size={SHARED_MEMORY}", *machine.docker)),
         ceiling=ceiling,
         minutes=minutes + runners.tiers.pull_minutes,
         why=why,
@@ -333,6 +344,7 @@ def outputs(made: Plan) -> dict[str, Any]:
         "any-tiers": bool(made.tiers),
         "build-labels": made.build.labels,
         "build-minutes": made.build.minutes,
+        "all-minutes": made.build.all_minutes,
         "smoke-minutes": made.smoke_minutes,
         "registry": made.registry,
     }

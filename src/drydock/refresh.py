@@ -16,6 +16,9 @@ from drydock.project import get_artifacts
 from drydock.published import read_records, write_record
 from drydock.store import Store
 
+MOST = 60_000
+"""Characters of the text; GitHub takes 65,536 of a pull request."""
+
 
 def record(root: Path, store: Store, base: str) -> list[Built]:
     """Build every image that the changes since a revision touch, and record its digests.
@@ -36,8 +39,8 @@ def record(root: Path, store: Store, base: str) -> list[Built]:
 def notes(root: Path, store: Store, base: str) -> str:
     """The pull request's text, in Markdown; empty where no image is touched.
 
-    Of every image that is touched: the contract's verdict, the size of what one pulls, and each package that moved.
-    Then what all images hold now.
+    Of every image that is touched: the contract's verdict and the size of what one pulls. Then what all images hold
+    now, and each package that moved.
 
     Raises:
         DrydockError: git does not know the revision, or a lock cannot be read.
@@ -46,14 +49,23 @@ def notes(root: Path, store: Store, base: str) -> str:
     if not names:
         return ""
     before, now = records_at(root, base), read_records(root)
-    lines = ["The locks, with every package moved that the definitions let move.", ""]
+    lines, moved = ["The locks, with every package moved that the definitions let move.", ""], []
     for name in names:
         lines += [f"## {name}", ""]
         lines += [f"- {_contract(Image.named(root, name), store)}"]
         lines += [f"- size: {_size(before.get(name))} -> {_size(now.get(name))}", ""]
-        lines += ["```", *_changes(root, store, name, base), "```", ""]
-    lines += ["## What images hold now", "", *held(root)]
-    return "\n".join(lines) + "\n"
+        moved += [f"## What moved in {name}", "", "```", *_changes(root, store, name, base), "```", ""]
+    # First what a reviewer decides by: a host may take a text of limited length only.
+    return _within("\n".join([*lines, "## What images hold now", "", *held(root), "", *moved]) + "\n")
+
+
+def _within(text: str) -> str:
+    if len(text) <= MOST:
+        return text
+    kept = text[:MOST].rpartition("\n")[0]
+    # An odd number of fences: the cut is in a list of changes, which is to end.
+    fence = "\n```" if kept.count("```") % 2 else ""
+    return f"{kept}{fence}\n\nThe rest did not fit: `drydock diff IMAGE@REVISION IMAGE` has it.\n"
 
 
 def _changes(root: Path, store: Store, name: str, base: str) -> list[str]:
