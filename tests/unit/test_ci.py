@@ -95,6 +95,7 @@ def replace(path: Path, old: str, new: str) -> None:
         ("images/debian-13.toml", EVERY, EVERY),
         ("lock/pylock.gb200-sglang.toml", {"gb200-sglang"}, {"gb200-sglang"}),
         ("lock/debian-13-amd64.toml", EVERY, EVERY),
+        ("lock/debian-13-arm64.toml", EVERY, EVERY),
         ("src/drydock/layer.py", EVERY, EVERY),
         ("src/drydock/locks.py", EVERY, EVERY),
         # Not the assembler's: no image is another, but what runs in them is.
