@@ -31,10 +31,22 @@ def _group() -> None:
 
 
 @ci.command()
-def plan(base: Base = "", profile: Profile = "fast", as_json: Json = False, github: GitHub = False) -> None:
+def plan(
+    base: Base = "",
+    profile: Profile = "fast",
+    pull: Annotated[
+        bool, typer.Option("--pull", help="fail where no registry is named to pull from")
+    ] = False,
+    as_json: Json = False,
+    github: GitHub = False,
+) -> None:
     """Which images a change touches, which sessions run where, and for how long; everything without --base."""
     from drydock.ci import outputs, summary
 
+    if pull:
+        from drydock.publish import registries
+
+        registries(os.environ)
     made = _plan(base, profile)
     if github:
         _write("GITHUB_OUTPUT", _assignments(outputs(made)))

@@ -401,6 +401,7 @@ def test_an_empty_matrix_is_said_beside_it(checkout: Path) -> None:
         (("plan", "--profile", "slow"), "drydock: unknown profile 'slow': there are fast and full\n"),
         (("plan", "--base", "nope"), "drydock: git merge-base: "),
         (("plan", "--github"), "drydock: --github: GITHUB_OUTPUT is not set"),
+        (("plan", "--pull"), "drydock: no registry is named: give one, or set DRYDOCK_REGISTRY"),
         (("record",), "drydock: "),
     ],
 )
