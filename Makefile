@@ -38,7 +38,7 @@ smoke: bootstrap ## the main job: build the image for this machine, verify it, r
 test: bootstrap ## drydock's own tests
 	$(BIN)/nox -s tests -- $(ARGS)
 
-lint: bootstrap ## ruff and mypy
+lint: bootstrap ## ruff, mypy, and the workflows
 	$(BIN)/nox -s lint
 
 clean: ## remove the environment and results; the store (.drydock) stays

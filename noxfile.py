@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import nox
 
@@ -18,10 +19,18 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff (rules and format) and mypy."""
+    """ruff (rules and format) and mypy; actionlint and zizmor of the workflows, offline."""
     session.run(sys.executable, "-m", "ruff", "check", ".")
     session.run(sys.executable, "-m", "ruff", "format", "--check", ".")
     session.run(sys.executable, "-m", "mypy")
+    # Its two helpers off: whether a machine has them must not decide what is found.
+    session.run(_tool("actionlint"), "-shellcheck=", "-pyflakes=")
+    session.run(_tool("zizmor"), "--offline", "--pedantic", "--strict-collection", "--quiet", ".github")
+
+
+def _tool(name: str) -> str:
+    """A program of the environment that runs this; of the machine's own, none is taken."""
+    return str(Path(sys.executable).with_name(name))
 
 
 @nox.session(tags=["fast"])

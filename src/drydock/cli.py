@@ -14,6 +14,7 @@ import typer
 from typer.exceptions import TyperException
 
 from drydock.budget_cli import budget
+from drydock.ci_cli import ci
 from drydock.definition import Image, image_names
 from drydock.errors import CheckFailed, DrydockError
 from drydock.locks import Artifact
@@ -27,6 +28,7 @@ app = typer.Typer(
     help="Reproducible environments for LLM reinforcement-learning stacks.",
 )
 app.add_typer(budget, name="budget")
+app.add_typer(ci, name="ci")
 
 Names = Annotated[
     list[str] | None, typer.Argument(metavar="[IMAGE]...", help="images; all when none is named")
@@ -78,6 +80,9 @@ def lock(
     upgrade: Annotated[
         list[str] | None, typer.Option("--upgrade", metavar="PKG", help="move this package")
     ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="move every package that the definitions let move")
+    ] = False,
     base: Annotated[bool, typer.Option("--base", help="only the bases' Debian packages")] = False,
     as_json: Json = False,
 ) -> None:
@@ -98,7 +103,9 @@ def lock(
             raise CheckFailed(f"{bad} of {len(answer['locks'])} locks are not right")
         return
     moving = tuple(upgrade or ())
-    changes = relock.lock(chosen, open_store(root), os.environ, upgrade=moving, only_base=base)
+    changes = relock.lock(
+        chosen, open_store(root), os.environ, upgrade=moving, refresh=refresh, only_base=base
+    )
     if as_json:
         _say(changes)
         return
@@ -141,6 +148,9 @@ def build(
     ] = None,
     load: Annotated[bool, typer.Option("--load", help="load it into Docker")] = False,
     record: Annotated[bool, typer.Option("--record", help="write its digests into lock/images.toml")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="fail where its digests are not those of lock/images.toml")
+    ] = False,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="layers made at a time")] = None,
     as_json: Json = False,
 ) -> None:
@@ -180,12 +190,17 @@ def build(
     recorded = compare(root, built)
     if as_json:
         _say(describe(built, seconds) | {"recorded": recorded})
-        return
-    made = sum(layer.made for layer in built.layers)
-    print(f"{built.name} sha256:{built.digest}")
-    size = f"{len(built.layers)} layers ({made} made), {built.size / 1e9:.2f} GB"
-    print(f"config sha256:{built.config_digest}, {size}, {seconds:.1f} s")
-    print(f"lock/images.toml: {recorded}")
+    else:
+        made = sum(layer.made for layer in built.layers)
+        print(f"{built.name} sha256:{built.digest}")
+        size = f"{len(built.layers)} layers ({made} made), {built.size / 1e9:.2f} GB"
+        print(f"config sha256:{built.config_digest}, {size}, {seconds:.1f} s")
+        print(f"lock/images.toml: {recorded}")
+    if check and recorded != "same":
+        raise CheckFailed(
+            f"{built.name} is {recorded} in lock/images.toml: if that is meant, "
+            f"`drydock build {built.name} --record` and commit it"
+        )
 
 
 Place = Annotated[
@@ -371,39 +386,22 @@ def contract(
     as_json: Json = False,
 ) -> None:
     """Look up everything the tiers use of an engine, verl and Megatron-core in their wheels, without a GPU."""
-    from drydock.contract import Wheel, check, imports_of, summary, uses
-    from drydock.indexes import read_indexes
-    from drydock.locks import read_pylock
-    from drydock.resolve import one_wheel
+    from drydock.contract import look_up
 
     root = project_root()
-    store = open_store(root)
     image = Image.named(root, image_name)
-    locked = {package.name: package.wheel for package in read_pylock(image).packages}
-    imports = imports_of(image.engine_name, image.engine.distribution)
-    artifacts = {name: locked[distribution] for name, distribution in imports.items()}
-    for text in against or ():
-        package, _, version = text.partition("==")
-        names = [name for name, distribution in imports.items() if distribution == package]
-        if not names or not version:
-            raise DrydockError(f"--against {text}: write one of {', '.join(imports.values())} and ==VERSION")
-        artifacts[names[0]] = one_wheel(image, read_indexes(os.environ), package, version)
-    get_artifacts(store, list(artifacts.values()))
-    wheels = {
-        name: Wheel(artifact.version, store.path(artifact.sha256)) for name, artifact in artifacts.items()
-    }
-    used = uses(root, image.engine_name)
-    missing = check(used, wheels)
-    counts = summary(used, wheels)
+    answer = look_up(image, open_store(root), against or ())
+    missing = answer.missing
     if as_json:
-        _say({"image": image.name, "packages": counts, "missing": missing})
+        _say({"image": image.name, "packages": answer.packages, "missing": missing})
     else:
         for line in missing:
             print(line)
-        looked = ", ".join(f"{name} {each['version']} ({each['uses']})" for name, each in counts.items())
-        print(f"{image.name}: {len(used)} uses looked up in {looked}: {len(missing) or 'none'} missing")
+        each = answer.packages.items()
+        looked = ", ".join(f"{name} {found['version']} ({found['uses']})" for name, found in each)
+        print(f"{image.name}: {answer.uses} uses looked up in {looked}: {len(missing) or 'none'} missing")
     if missing:
-        raise CheckFailed(f"{image.name}: {len(missing)} of {len(used)} uses are not there")
+        raise CheckFailed(f"{image.name}: {len(missing)} of {answer.uses} uses are not there")
 
 
 @app.command()

@@ -9,6 +9,7 @@ up: what a call's parameters are called, and attributes of objects.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,13 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from drydock.definition import Image
 from drydock.errors import DrydockError
+from drydock.indexes import read_indexes
+from drydock.locks import read_pylock
+from drydock.project import get_artifacts
+from drydock.resolve import one_wheel
+from drydock.store import Store
 
 Kind = Literal["symbol", "flag", "variable", "path", "key"]
 
@@ -424,3 +431,38 @@ def summary(found: Iterable[Use], wheels: Mapping[str, Wheel]) -> dict[str, Any]
     for use in found:
         counts[use.package] += 1
     return {name: {"version": wheel.version, "uses": counts[name]} for name, wheel in wheels.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Of one image: how many uses were looked up, in which versions of which packages, and a line for each missing."""
+
+    uses: int
+    packages: dict[str, Any]
+    missing: list[str]
+
+
+def look_up(image: Image, store: Store, against: Iterable[str] = ()) -> Answer:
+    """Look everything that the tiers use up in the image's locked wheels.
+
+    Parameters:
+        against: `PACKAGE==VERSION`, to look into that release instead.
+
+    Raises:
+        DrydockError: no package of the image is named so, or a wheel cannot be had.
+    """
+    locked = {package.name: package.wheel for package in read_pylock(image).packages}
+    imports = imports_of(image.engine_name, image.engine.distribution)
+    artifacts = {name: locked[distribution] for name, distribution in imports.items()}
+    for text in against:
+        package, _, version = text.partition("==")
+        names = [name for name, distribution in imports.items() if distribution == package]
+        if not names or not version:
+            raise DrydockError(f"--against {text}: write one of {', '.join(imports.values())} and ==VERSION")
+        artifacts[names[0]] = one_wheel(image, read_indexes(os.environ), package, version)
+    get_artifacts(store, list(artifacts.values()))
+    wheels = {
+        name: Wheel(artifact.version, store.path(artifact.sha256)) for name, artifact in artifacts.items()
+    }
+    used = uses(image.root, image.engine_name)
+    return Answer(uses=len(used), packages=summary(used, wheels), missing=check(used, wheels))

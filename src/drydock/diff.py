@@ -88,6 +88,15 @@ def _earlier(root: Path, name: str, revision: str) -> Side:
 
 
 def _toml(root: Path, revision: str, path: str) -> dict[str, Any]:
+    return tomllib.loads(text_at(root, revision, path))
+
+
+def text_at(root: Path, revision: str, path: str) -> str:
+    """A file as a revision had it.
+
+    Raises:
+        DrydockError: it had none.
+    """
     # What looks like an option is none after this word.
     shown = subprocess.run(
         ["git", "-C", str(root), "show", "--end-of-options", f"{revision}:{path}"],
@@ -95,7 +104,7 @@ def _toml(root: Path, revision: str, path: str) -> dict[str, Any]:
     )  # fmt: skip
     if shown.returncode:
         raise DrydockError(f"git has no {path} in {revision!r}: name a revision that has it")
-    return tomllib.loads(shown.stdout.decode())
+    return shown.stdout.decode()
 
 
 def diff(old: Side, new: Side) -> dict[str, Any]:

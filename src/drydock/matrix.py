@@ -30,11 +30,10 @@ def matrix(root: Path) -> str:
     """
     records = read_records(root)
     runs = [(path, read(path)) for path in sorted((root / "docs/runs").glob("*.json"))]
-    held, proven = [], []
+    proven = []
     for name in image_names(root):
         image = Image.named(root, name)
         record = records.get(name)
-        held.append(_held(image, record))
         own = [(path, run) for path, run in runs if run.image.name == name]
         proven.append(
             (
@@ -46,12 +45,18 @@ def matrix(root: Path) -> str:
                 _marks(own, record, "cuda"),
             )
         )
-    return "\n".join([HEADER, *_table(HELD, held), "", "## Proven", "", *_table(PROVEN, proven), "", FOOTER])
+    return "\n".join([HEADER, *held(root), "", "## Proven", "", *table(PROVEN, proven), "", FOOTER])
 
 
 FOOTER = """A run is named with the tests that passed in it, and with those that failed. "Earlier" is a run of an image
 of that name with another digest than the one recorded now.
 """
+
+
+def held(root: Path) -> list[str]:
+    """The lines of its first table: what each image holds."""
+    records = read_records(root)
+    return table(HELD, [_held(Image.named(root, name), records.get(name)) for name in image_names(root)])
 
 
 def _held(image: Image, record: dict[str, object] | None) -> tuple[str, ...]:
@@ -96,6 +101,7 @@ def _marks(runs: list[tuple[Path, Report]], record: dict[str, object] | None, ki
     return "<br>".join(marks)
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table in Markdown."""
     lines = [header, tuple("---" for _ in header), *rows]
     return [f"| {' | '.join(cells)} |" for cells in lines]

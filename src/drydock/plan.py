@@ -49,6 +49,12 @@ class Spec:
         return sum(artifact.size for artifact in self.artifacts)
 
 
+ASSEMBLER = ("base", "build", "bytecode", "bytecode_worker", "debs", "layer", "oci", "plan", "wheels")
+"""The modules of ours that decide a layer's bytes."""
+LIBRARIES = ("installer", "python-debian", "zstandard")
+"""Distributions that decide them too, by their versions."""
+
+
 def assembler_hash() -> str:
     """The hash of everything of ours that decides a layer's bytes.
 
@@ -56,11 +62,10 @@ def assembler_hash() -> str:
     it had.
     """
     here = Path(__file__).parent
-    modules = ("base", "build", "bytecode", "bytecode_worker", "debs", "layer", "oci", "plan", "wheels")
     return sha256_json(
         [
-            [sha256_file(here / f"{name}.py") for name in modules],
-            [version(name) for name in ("installer", "python-debian", "zstandard")],
+            [sha256_file(here / f"{name}.py") for name in ASSEMBLER],
+            [version(name) for name in LIBRARIES],
             list(zstandard.ZSTD_VERSION),
             LEVEL,
         ]

@@ -12,6 +12,7 @@ from drydock.errors import DrydockError
 from drydock.locks import sha256_json
 from drydock.oci import Built
 
+RECORDS = "lock/images.toml"
 Verdict = Literal["same", "different", "not recorded"]
 
 
@@ -21,7 +22,7 @@ def read_records(root: Path) -> dict[str, Any]:
     Raises:
         DrydockError: the file is not TOML.
     """
-    path = root / "lock" / "images.toml"
+    path = root / RECORDS
     if not path.is_file():
         return {}
     try:
@@ -51,7 +52,7 @@ def compare(root: Path, built: Built) -> Verdict:
 def write_record(root: Path, built: Built) -> None:
     """Record a build, leaving other images' records as they are."""
     records = read_records(root) | {built.name: record(built)}
-    path = root / "lock" / "images.toml"
+    path = root / RECORDS
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(tomli_w.dumps(dict(sorted(records.items()))))
     temporary.rename(path)

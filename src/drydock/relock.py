@@ -43,6 +43,7 @@ def lock(
     environ: Mapping[str, str],
     *,
     upgrade: tuple[str, ...] = (),
+    refresh: bool = False,
     only_base: bool = False,
 ) -> list[Change]:
     """Lock the bases and the Python environments of images.
@@ -50,6 +51,7 @@ def lock(
     Parameters:
         upgrade: packages (Debian's or Python's) that may move; all others keep their version where it
             still fits the definition.
+        refresh: every package may move that the definitions let move.
 
     Returns:
         One entry a package that changed: lock, package, from, to (None for added and removed).
@@ -57,8 +59,10 @@ def lock(
     Raises:
         DrydockError: something does not resolve, or a package to upgrade is in none of the locks.
     """
-    moving = {canonicalize_name(name) for name in upgrade} | set(upgrade)
     before = {path: versions(path) for path in _paths(images, only_base)}
+    moving = {canonicalize_name(name) for name in upgrade} | set(upgrade)
+    if refresh:
+        moving |= {name for found in before.values() for name in found}
     unknown = [
         name
         for name in upgrade

@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -27,9 +28,8 @@ from drydock.publish import VARIABLE as REGISTRIES
 from drydock.published import read_records
 from drydock.runtime import CHECKOUT, MANIFEST, RESULTS, Runtime, Task, choose, inside
 from drydock.store import Store
-from drydock.tiers.budgets import read_budgets, tier_budget
+from drydock.tiers.budgets import session_ceiling
 from drydock.tiers.profiles import kind_of
-from drydock.vendor import have_layers
 
 TIERS = ("rollout", "trainer", "eplb")
 """Folders under `tests/`, in the order they run."""
@@ -151,13 +151,16 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
     """
     record = Record(options=options)
     manifest = json.loads(MANIFEST.read_text()) if inside() else None
+    if options.digest and not manifest:
+        raise DrydockError("--digest is of the image that this runs in, and this is none: leave it out")
     name = manifest["image"] if manifest else f"{options.hardware or hardware_here(root)}-{options.engine}"
     if not options.unbudgeted:
         # Before minutes of building: without budgets nothing runs.
-        record.ceiling = _ceiling(root / "tests" / "budgets.toml", name, record)
+        budgets = root / "tests" / "budgets.toml"
+        record.ceiling = session_ceiling(budgets, name, record.kind, _chosen(options))
     folder = _new_folder(root / "results" / record.name, record.began)
     if manifest:
-        place = _inside(root, folder, manifest, _inputs(options))
+        place = _inside(root, folder, manifest, options)
     elif options.runtime == "here":
         place = _in_place(root, folder, name, options)
     else:
@@ -184,18 +187,6 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
 
 def _chosen(options: argparse.Namespace) -> list[str]:
     return [options.tier] if options.tier else list(TIERS)
-
-
-def _ceiling(budgets: Path, image: str, record: Record) -> float | None:
-    """Seconds that the session may take.
-
-    Raises:
-        DrydockError: a tier that is to run has no budget.
-    """
-    for tier in _chosen(record.options):
-        tier_budget(budgets, image, record.kind, tier)
-    limit = read_budgets(budgets)[image, record.kind].session
-    return limit.ceiling if limit else None
 
 
 def _run(folder: Path, place: Place, record: Record) -> None:
@@ -322,6 +313,9 @@ def _inputs(options: argparse.Namespace) -> dict[str, Path]:
 
 
 def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
+    # Not at the top: an image, in which a session may run too, does not hold what speaks with registries.
+    from drydock.vendor import have_layers
+
     given = _inputs(record.options)
     image = Image.named(root, name)
     cuda = image.definition.accelerator.kind == "cuda"
@@ -396,10 +390,11 @@ def _built(image: Image, store: Store) -> Built:
     return build(image, store, lambda artifacts: get_artifacts(store, artifacts))[0]
 
 
-def _inside(root: Path, folder: Path, manifest: dict[str, Any], inputs: dict[str, Path]) -> Place:
+def _inside(root: Path, folder: Path, manifest: dict[str, Any], options: argparse.Namespace) -> Place:
     """Already inside an image, as in a CI job that runs in its container."""
     cuda = manifest["accelerator"]["kind"] == "cuda"
-    return _surroundings(root, folder, "inside", manifest["image"], cuda, inputs, [])
+    place = _surroundings(root, folder, "inside", manifest["image"], cuda, _inputs(options), [])
+    return replace(place, image=place.image | {"digest": options.digest})
 
 
 def _in_place(root: Path, folder: Path, name: str, options: argparse.Namespace) -> Place:
@@ -487,6 +482,12 @@ def _commit(root: Path) -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
+def _digest(text: str) -> str:
+    if not re.fullmatch("sha256:[0-9a-f]{64}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not sha256: and 64 digits")
+    return text
+
+
 def main() -> None:
     """`python -m drydock.session ENGINE PROFILE [options]`."""
     parser = argparse.ArgumentParser(
@@ -514,6 +515,10 @@ def main() -> None:
     parser.add_argument(
         "--prebuilt", action="store_true",
         help="take the image that lock/images.toml records, from the engine, the store or a registry; never build",
+    )  # fmt: skip
+    parser.add_argument(
+        "--digest", type=_digest, metavar="sha256:...",
+        help="inside an image, which does not know it: what it was pulled by, for the report",
     )  # fmt: skip
     parser.add_argument(
         "--allow-drift", action="store_true",

@@ -335,3 +335,17 @@ def test_recorded_digests_that_are_not_toml(own: Project, tiny: Made, tmp_path: 
     (own.root / "lock/images.toml").write_text("[tiny-mini\n")
     store = twin(tmp_path / "store", tiny.store)
     assert "images.toml is not TOML" in build(own, store).error
+
+
+def test_a_build_is_checked_against_what_is_recorded(own: Project, tiny: Made, tmp_path: Path) -> None:
+    store = twin(tmp_path / "store", tiny.store)
+    outcome = build(own, store, "--check")
+    assert outcome.status == 1
+    assert "tiny-mini is not recorded in lock/images.toml" in outcome.stderr
+    assert build(own, store, "--record").status == build(own, store, "--check").status == 0
+    path = own.root / "lock/images.toml"
+    digest = tomllib.loads(path.read_text())["tiny-mini"]["digest"]
+    path.write_text(path.read_text().replace(digest, f"sha256:{'0' * 64}"))
+    outcome = build(own, store, "--check")
+    assert outcome.status == 1
+    assert "tiny-mini is different in lock/images.toml" in outcome.stderr

@@ -84,6 +84,28 @@ def test_locking_again_moves_nothing_and_upgrade_moves_one(
     assert relocked(root, environ, "beta") == [("beta", "1.1", "1.2")]
 
 
+def test_a_refresh_holds_nothing(
+    tmp_path: Path, folder: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_project(tmp_path / "project", '["alpha"]')
+    relocked(root, environ)
+    for name in ("alpha", "beta"):
+        make_wheel(folder, name, "1.2", ("beta",) if name == "alpha" else ())
+    held = []
+    # apt's part is its own tests'; here is what it is told to hold.
+    monkeypatch.setattr(relock, "lock_base", lambda *arguments: held.append(arguments[-1]))
+    environ = environ | {"DRYDOCK_DEBIAN_MIRROR": str(tmp_path)}
+    image, store = Image.named(root, "box"), Store(root / ".drydock")
+    assert relock.lock([image], store, environ) == []
+    changes = relock.lock([image], store, environ, refresh=True)
+    assert [(row["package"], row["from"], row["to"]) for row in changes] == [
+        ("alpha", "1.1", "1.2"),
+        ("beta", "1.1", "1.2"),
+    ]
+    assert "libc6" in held[0]
+    assert held[1] == {}
+
+
 def test_a_changed_definition_keeps_what_still_fits(tmp_path: Path, environ: dict[str, str]) -> None:
     root = make_project(tmp_path / "project", '["alpha"]')
     relocked(root, environ)

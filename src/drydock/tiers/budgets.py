@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,3 +177,16 @@ def tier_budget(path: Path, image: str, profile: str, tier: str) -> TierBudget:
             "then `drydock budget propose RUN...`"
         )
     return found
+
+
+def session_ceiling(path: Path, image: str, profile: str, tiers: Iterable[str]) -> float | None:
+    """Seconds that a session of these tiers may take; None where only they have limits.
+
+    Raises:
+        NoBudget: a tier has none.
+        DrydockError: as `read_budgets`.
+    """
+    for tier in tiers:
+        tier_budget(path, image, profile, tier)
+    limit = read_budgets(path)[image, profile].session
+    return limit.ceiling if limit else None

@@ -1,0 +1,95 @@
+"""A session in place, inside an image: what it needs is there, and its report says which image that was."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from project import REPOSITORY
+
+from drydock import session
+from drydock.definition import image_names
+from drydock.errors import CheckFailed, DrydockError
+
+DIGEST = f"sha256:{'5' * 64}"
+WITH_THE_IMAGES_PACKAGES_ALONE = """
+import importlib.metadata, sys, tomllib
+
+locked = {package["name"] for package in tomllib.load(open(sys.argv[1], "rb"))["packages"]}
+missing = {
+    module
+    for module, distributions in importlib.metadata.packages_distributions().items()
+    if not {name.lower().replace("_", "-").replace(".", "-") for name in distributions} & {*locked, "drydock"}
+}
+loaded = {name.partition(".")[0] for name in sys.modules}
+
+class OnlyTheImage:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"the image has no {name}")
+
+sys.meta_path.insert(0, OnlyTheImage())
+assert not missing & loaded, missing & loaded
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    import drydock.session, drydock.report
+    from drydock.report.junit import junit
+    print("imported")
+"""
+
+
+@pytest.mark.parametrize("image", image_names(REPOSITORY))
+def test_a_session_starts_with_what_the_image_holds(image: str) -> None:
+    """Of drydock's own dependencies, an image holds those that the stack needs too."""
+    command = [sys.executable, "-c", WITH_THE_IMAGES_PACKAGES_ALONE, REPOSITORY / f"lock/pylock.{image}.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "imported\n", done.stderr
+
+
+def options(**values: Any) -> argparse.Namespace:
+    usual = {
+        "engine": "vllm", "profile": "fast", "hardware": None, "runtime": "auto", "cpu_part": False, "tier": None,
+        "keyword": None, "gsm8k_model": None, "gsm8k_data": None, "prebuilt": False, "digest": None,
+        "allow_drift": False, "unbudgeted": True,
+    }  # fmt: skip
+    return argparse.Namespace(**usual | values)
+
+
+def test_a_session_inside_an_image_says_what_that_was_pulled_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here, where verification finds no image, so that it ends there: its report is written all the same."""
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"image": "cpu-vllm", "accelerator": {"kind": "none"}}))
+    monkeypatch.setattr(session, "MANIFEST", manifest)
+    monkeypatch.setattr(session, "inside", lambda: True)
+    root = tmp_path / "checkout"
+    (root / "src").mkdir(parents=True)
+    with pytest.raises(CheckFailed, match="the image is not what its lock says"):
+        session.run_session(root, options(digest=DIGEST))
+    report = json.loads((root / "results/vllm_fast/latest/report.json").read_text())
+    assert (report["runtime"], report["image"]["name"], report["image"]["digest"]) == (
+        "inside",
+        "cpu-vllm",
+        DIGEST,
+    )
+
+
+def test_a_digest_is_for_inside_an_image() -> None:
+    with pytest.raises(DrydockError, match="--digest is of the image that this runs in, and this is none"):
+        # No such hardware: were it not refused, it would not begin to build.
+        session.run_session(REPOSITORY, options(digest=DIGEST, hardware="none"))
+
+
+@pytest.mark.parametrize("text", ["latest", "sha256:5", f"{DIGEST}5", "5" * 64])
+def test_a_digest_that_is_none_is_refused(text: str) -> None:
+    command = [sys.executable, "-m", "drydock.session", "vllm", "fast", "--digest", text]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"argument --digest: '{text}' is not sha256: and 64 digits" in done.stderr
