@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drydock.errors import DrydockError
-from drydock.locks import Artifact
 from drydock.store import Store
+
+if TYPE_CHECKING:
+    from drydock.locks import Artifact
 
 
 def project_root() -> Path:
