@@ -1,8 +1,9 @@
 """The commands of docs/*.md are run, in order, in a fresh copy of the repository, and what a page quotes must come.
 
 A page's ```console blocks hold commands (`$ `) and what they print. Each quoted line must be printed, in that order;
-its figures and digests may be others, and `...` stands for what is left out. A ```diff block is applied.
-All exit with 0. What is put in place of something, or is otherwise in a run, stands before the block it is for:
+its figures and digests may be others, and `...` stands for what is left out. A ```diff block is applied,
+a ```text block is to read. All exit with 0. What is put in place of something, or is otherwise in a run, stands before
+the block it is for:
 
     <!-- test: tiny-mini for cpu-vllm -->     the small image of these tests; several are separated by commas
     <!-- test: status 1 -->                   how the block's last command exits
@@ -93,11 +94,13 @@ def blocks(page: str) -> Iterator[Block]:
         if line.startswith("```") and not inside:
             block.kind, block.line, inside = line[3:], number, True
             block.substitutions = {**everywhere, **block.substitutions}
-            if not block.file and block.kind not in ("console", "diff"):
+            if not block.file and block.kind not in ("console", "diff", "text"):
                 raise ValueError(
                     f"line {number}: a block of {block.kind or 'no language'} that nobody looks at"
                 )
         elif line.startswith("```"):
+            if block.kind == "text" and re.search(r"^\$ ", block.text, re.MULTILINE):
+                raise ValueError(f"line {block.line}: a command where nobody runs it")
             yield block
             block, inside = Block("", 0), False
         elif inside:
@@ -123,12 +126,13 @@ def _read_note(text: str, block: Block) -> None:
     elif found := re.fullmatch(r"(other output|not run): .{10,}", text):
         block.compared = found[1] != "other output"
         block.run = found[1] != "not run"
-    elif text == "with Docker":
-        block.docker = True
     elif word == "file":
         block.file = rest
     else:
         for part in text.split(", "):
+            if part == "with Docker":
+                block.docker = True
+                continue
             new, found_for, old = part.partition(" for ")
             if not found_for:
                 raise ValueError(f"no note of a test: {text}")
@@ -179,7 +183,7 @@ class Reader:
                     capture_output=True, text=True, check=False,
                 )  # fmt: skip
                 assert done.returncode == 0, f"{where}: {done.stderr}"
-            elif block.run:
+            elif block.kind == "console" and block.run:
                 commands = block.commands()
                 for command, expected in commands:
                     status, printed = self._run(command, block)
@@ -369,6 +373,7 @@ def test_a_page_that_is_wrong_is_seen(tmp_path: Path, block: str, why: str) -> N
     [
         "# Page\n\n```\n$ true\n```\n",
         "# Page\n\n```sh\ntrue\n```\n",
+        "# Page\n\n```text\n$ true\n```\n",
         "# Page\n\n<!-- nobody sees this -->\n```console\n$ true\n```\n",
         "# Page\n\n<!-- test: skip it -->\n```console\n$ true\n```\n",
         "# Page\n\n<!-- test: not run: why -->\n```console\n$ true\n```\n",
