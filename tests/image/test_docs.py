@@ -213,8 +213,14 @@ class Reader:
         return done.returncode, done.stdout
 
 
+@pytest.fixture(scope="session")
+def small(tiny: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that holds the small image, for all pages: it is unpacked once, and what a page makes is by hash."""
+    return twin(tmp_path_factory.mktemp("small") / "store", tiny.store).root
+
+
 @pytest.fixture
-def reader(tmp_path: Path, project: Project, tiny: Made) -> Reader:
+def reader(tmp_path: Path, project: Project, small: Path) -> Reader:
     """With a copy of what git has here, as it is in the working tree, and of the small image's definition and lock."""
     checkout = tmp_path / "checkout"
     listed = subprocess.run(["git", "-C", REPOSITORY, "ls-files"], capture_output=True, text=True, check=True)
@@ -231,7 +237,7 @@ def reader(tmp_path: Path, project: Project, tiny: Made) -> Reader:
         who = ["-c", "user.name=reader", "-c", "user.email=reader@localhost"]
         subprocess.run(["git", *who, *words], cwd=checkout, check=True)
     users = Path(os.environ.get("DRYDOCK_STORE") or REPOSITORY / ".drydock")
-    return Reader(checkout, twin(tmp_path / "store", tiny.store).root, users.absolute())
+    return Reader(checkout, small, users.absolute())
 
 
 def _runs(page: Path, *, docker: bool) -> bool:
