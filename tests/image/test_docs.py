@@ -262,7 +262,11 @@ def test_what_a_page_says_of_docker_works(page: Path, reader: Reader) -> None:
         if os.environ.get("DRYDOCK_REQUIRE_DOCKER"):
             pytest.fail(str(error))
         pytest.skip(f"not run: {error}")
-    assert reader.follow(page, docker=True) > 0
+    try:
+        assert reader.follow(page, docker=True) > 0
+    finally:
+        loaded = f"docker images --quiet drydock/{SMALL} | xargs --no-run-if-empty docker image rm --force"
+        subprocess.run(["bash", "-c", loaded], check=True)
 
 
 # ------------------------------------------------------------------------------- every command, run or not
