@@ -86,6 +86,12 @@ def registries(environ: Mapping[str, str], named: str | None = None) -> list[Reg
     return [Registry.read(text) for text in texts]
 
 
+def source_of(name: str, places: Sequence[Registry]) -> Source:
+    """Where an image of ours is."""
+    remedy = f"push {name} there, or set {VARIABLE} to who has it"
+    return Source(repository=name, places=places, remedy=remedy)
+
+
 def push(
     store: Store,
     built: Built,
@@ -238,8 +244,7 @@ def pull(
     if recorded is None:
         raise DrydockError(f"lock/images.toml records no digest of {name}: build it, or ask who publishes it")
     digest = str(recorded["digest"]).removeprefix("sha256:")
-    remedy = f"push {name} there, or set {VARIABLE} to who has it"
-    source = Source(repository=name, places=places, remedy=remedy)
+    source = source_of(name, places)
     with (
         Progress("pull", 0, stream) as progress,
         _Taker(store, source, environ, progress, patience) as taker,

@@ -52,11 +52,14 @@ MOST_TAGS = 1000
 """Tags of one page; a registry may give fewer and says where to go on."""
 PIECE = 64 << 20
 """Bytes of one request of an upload. Debian's registry forgets all of a request that breaks off."""
+IDENTITY = "<token>"
+"""The user of a login that is an identity token, as Docker's helpers write it: good for tokens, never a password."""
 COMMIT_SECONDS = 1800.0
 """The answer to an upload's end may take as long as the registry's storage takes to copy and hash gigabytes."""
 
 
 Answer = TypeVar("Answer")
+Place = TypeVar("Place")
 
 
 class Registry(NamedTuple):
@@ -114,7 +117,8 @@ def _loopback(host: str) -> bool:
 
 
 def credentials(host: str, environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """User and password for a registry as `docker login` keeps them, in its file or with the helper it names.
+    """User and password for a registry as `docker login` keeps them, in its file or with the helper it names;
+    or `IDENTITY` and the identity token.
 
     Raises:
         DrydockError: the file or the helper's answer cannot be read.
@@ -129,7 +133,7 @@ def credentials(host: str, environ: Mapping[str, str]) -> tuple[str, str] | None
         auths = document.get("auths", {})
         entry = auths.get(host) or auths.get(f"https://{host}") or {}
         if entry.get("identitytoken"):
-            raise _identity_token(host)
+            return IDENTITY, entry["identitytoken"]
         if entry.get("auth"):
             user, _, password = base64.b64decode(entry["auth"], validate=True).decode().partition(":")
             return user, password.strip("\0")
@@ -155,15 +159,7 @@ def _from_helper(helper: str, host: str) -> tuple[str, str] | None:
     if done.returncode:
         return None  # it has none
     answer = json.loads(done.stdout)
-    if answer["Username"] == "<token>":
-        raise _identity_token(host)
     return answer["Username"], answer["Secret"]
-
-
-def _identity_token(host: str) -> DrydockError:
-    return DrydockError(
-        f"the login for {host} is an identity token, which drydock cannot use: log in with a user and an access token"
-    )
 
 
 class Missing(DrydockError):
@@ -511,26 +507,28 @@ class Client:
         kind, _, rest = challenge.partition(" ")
         values = dict(re.findall(r'(\w+)="([^"]*)"', rest))
         key = " ".join(scopes)
-        login = base64.b64encode(":".join(self._login).encode()).decode() if self._login else ""
-        if kind.lower() == "basic" and login:
-            self._authorization[key] = f"Basic {login}"
+        if kind.lower() == "basic" and self._login and self._login[0] != IDENTITY:
+            self._authorization[key] = f"Basic {base64.b64encode(':'.join(self._login).encode()).decode()}"
         elif kind.lower() == "bearer" and values.get("realm"):
-            self._authorization[key] = f"Bearer {self._token(values, scopes, login)}"
+            self._authorization[key] = f"Bearer {self._token(values, scopes)}"
         else:
             raise self._denied("asks for a password")
 
-    def _token(self, challenge: Mapping[str, str], scopes: Sequence[str], login: str) -> str:
+    def _token(self, challenge: Mapping[str, str], scopes: Sequence[str]) -> str:
         realm = urljoin(self.registry.url, challenge["realm"])
-        if login and self.registry.scheme == "https" and urlsplit(realm).scheme != "https":
+        if self._login and self.registry.scheme == "https" and urlsplit(realm).scheme != "https":
             raise DrydockError(
                 f"{self.registry.host} wants its password sent to {realm} without TLS: refused"
             )
         service = {"service": challenge["service"]} if "service" in challenge else {}
-        query = httpx.QueryParams({"scope": list(scopes), **service})
-        headers = {"Authorization": f"Basic {login}"} if login else {}
-        response = self._client.get(realm, params=query, headers=headers, follow_redirects=True)
+        if self._login and self._login[0] == IDENTITY:
+            grant = {"grant_type": "refresh_token", "refresh_token": self._login[1], "client_id": "drydock"}
+            response = self._client.post(realm, data={**grant, **service, "scope": " ".join(scopes)})
+        else:
+            query = httpx.QueryParams({"scope": list(scopes), **service})
+            response = self._client.get(realm, params=query, auth=self._login, follow_redirects=True)
         if response.status_code in (401, 403):
-            raise self._denied("gives no token" if login else "gives no token without a password")
+            raise self._denied("gives no token" if self._login else "gives no token without a password")
         self._expect(response, (200,), "a token")
         with contextlib.suppress(ValueError, AttributeError):
             answer = response.json()
@@ -579,15 +577,16 @@ class Client:
 
 
 def first_of(
-    clients: Sequence[Client],
-    ask: Callable[[Client], Answer],
+    places: Sequence[Place],
+    ask: Callable[[Place], Answer],
     what: str,
     remedy: str,
     note: Callable[[str], None] = lambda _: None,
-) -> tuple[Client, Answer]:
+) -> tuple[Place, Answer]:
     """The first registry that gives what is asked, and what it gave.
 
     Parameters:
+        places: registries, or clients of them, in the order in which they are asked.
         remedy: what to do where none of them has it.
         note: is told of a registry that serves something else.
 
@@ -596,9 +595,9 @@ def first_of(
         DrydockError: none gives it; the line has what each said.
     """
     failures: list[DrydockError] = []
-    for client in clients:
+    for place in places:
         try:
-            return client, ask(client)
+            return place, ask(place)
         except OutOfSpace:
             raise
         except DrydockError as error:
