@@ -128,12 +128,11 @@ def test_nothing_slow_is_imported_for_it() -> None:
         [sys.executable, "-c", text], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        assert bash("drydock build ") == IMAGES
-        after = os.times()
-        seconds.append(
-            after.children_user + after.children_system - before.children_user - before.children_system
-        )
-    assert min(seconds) < 0.3, "seconds of a processor"
+    assert any(seconds_of_one() < 0.3 for _ in range(10)), "seconds of a processor, the best of ten"
+
+
+def seconds_of_one() -> float:
+    before = os.times()
+    assert bash("drydock build ") == IMAGES
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
