@@ -8,22 +8,25 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
+from drydock import completion
 from drydock.budget_cli import budget
 from drydock.ci_cli import ci
-from drydock.definition import Image, image_names
 from drydock.errors import CheckFailed, DrydockError
-from drydock.locks import Artifact
-from drydock.oci import Built, read_image
 from drydock.project import get_artifacts, open_store, project_root
 from drydock.store import Store
 
+if TYPE_CHECKING or not completion.COMPLETING:
+    # No shell's question needs what reads definitions, and pydantic takes most of the time that one may wait.
+    from drydock.definition import Image, image_names
+    from drydock.locks import Artifact
+    from drydock.oci import Built, read_image
+
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Reproducible environments for LLM reinforcement-learning stacks.",
 )
@@ -31,11 +34,23 @@ app.add_typer(budget, name="budget")
 app.add_typer(ci, name="ci")
 
 Names = Annotated[
-    list[str] | None, typer.Argument(metavar="[IMAGE]...", help="images; all when none is named")
+    list[str] | None,
+    typer.Argument(
+        metavar="[IMAGE]...", help="images; all when none is named", autocompletion=completion.image_names
+    ),
 ]
-Name = Annotated[str, typer.Argument(metavar="IMAGE", help="an image, as `drydock images` lists them")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="IMAGE",
+        help="an image, as `drydock images` lists them",
+        autocompletion=completion.image_names,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
-RuntimeName = Annotated[str, typer.Option("--runtime", help="auto, docker or chroot")]
+RuntimeName = Annotated[
+    str, typer.Option("--runtime", help="auto, docker or chroot", autocompletion=completion.runtimes)
+]
 
 
 def _say(document: object) -> None:
@@ -78,7 +93,10 @@ def lock(
         bool, typer.Option("--check", help="only say whether the locks are right, offline")
     ] = False,
     upgrade: Annotated[
-        list[str] | None, typer.Option("--upgrade", metavar="PKG", help="move this package")
+        list[str] | None,
+        typer.Option(
+            "--upgrade", metavar="PKG", help="move this package", autocompletion=completion.package_names
+        ),
     ] = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="move every package that the definitions let move")
@@ -300,7 +318,9 @@ def run(
     ],
     runtime: RuntimeName = "auto",
     results: Annotated[Path | None, typer.Option("--results", help="folder mounted at /results")] = None,
-    user: Annotated[str, typer.Option("--user", help="root or drydock")] = "root",
+    user: Annotated[
+        str, typer.Option("--user", help="root or drydock", autocompletion=completion.users)
+    ] = "root",
     environment: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE")] = None,
     interactive: Annotated[
         bool, typer.Option("--interactive", "-i", help="pass standard input through")
@@ -324,7 +344,10 @@ def run(
 @app.command()
 def verify(
     name: Annotated[
-        str | None, typer.Argument(metavar="[IMAGE]", help="an image; none inside of one")
+        str | None,
+        typer.Argument(
+            metavar="[IMAGE]", help="an image; none inside of one", autocompletion=completion.image_names
+        ),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="compare hashes, not sizes")] = False,
     as_json: Json = False,
@@ -352,7 +375,14 @@ def verify(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="such as results/vllm_fast/latest")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_FOLDER",
+            help="such as results/vllm_fast/latest",
+            autocompletion=completion.run_folders,
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Make a run's page and JUnit file again from its report.json, and print its summary."""
@@ -376,9 +406,7 @@ def report(
 
 @app.command()
 def contract(
-    image_name: Annotated[
-        str, typer.Argument(metavar="IMAGE", help="an image, as `drydock images` lists them")
-    ],
+    image_name: Name,
     against: Annotated[
         list[str] | None,
         typer.Option("--against", metavar="PACKAGE==VERSION", help="look into that release instead"),
@@ -431,8 +459,15 @@ def doctor(
 
 @app.command("diff")
 def diff_images(
-    old: Annotated[str, typer.Argument(metavar="IMAGE[@REVISION]", help="an image, or its lock in git then")],
-    new: Annotated[str, typer.Argument(metavar="IMAGE[@REVISION]")],
+    old: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMAGE[@REVISION]",
+            help="an image, or its lock in git then",
+            autocompletion=completion.image_names,
+        ),
+    ],
+    new: Annotated[str, typer.Argument(metavar="IMAGE[@REVISION]", autocompletion=completion.image_names)],
     as_json: Json = False,
 ) -> None:
     """What differs between two images, and which layers one who has the first pulls for the second."""

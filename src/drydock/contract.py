@@ -453,7 +453,9 @@ def look_up(image: Image, store: Store, against: Iterable[str] = ()) -> Answer:
     """
     locked = {package.name: package.wheel for package in read_pylock(image).packages}
     imports = imports_of(image.engine_name, image.engine.distribution)
-    artifacts = {name: locked[distribution] for name, distribution in imports.items()}
+    artifacts = {
+        name: locked[distribution] for name, distribution in imports.items() if distribution in locked
+    }
     for text in against:
         package, _, version = text.partition("==")
         names = [name for name, distribution in imports.items() if distribution == package]

@@ -64,14 +64,17 @@ def _held(image: Image, record: dict[str, object] | None) -> tuple[str, ...]:
     inputs = Inputs(image)
     versions = inputs.versions
     cuda = definition.accelerator.kind == "cuda"
-    engine = image.engine.distribution
+
+    def of(*names: str) -> str:
+        return ", ".join(f"{name} {versions[name]}" for name in names if name in versions) or "-"
+
     return (
         f"`{image.name}`",
-        f"{engine} {versions[engine]}",
-        f"verl {versions['verl']}, megatron-core {versions['megatron-core']}",
-        versions["torch"],
-        versions["nvidia-cuda-runtime"] if cuda else "-",
-        versions["nvidia-nccl-cu13"] if cuda else "-",
+        of(image.engine.distribution),
+        of("verl", "megatron-core"),
+        versions.get("torch", "-"),
+        versions.get("nvidia-cuda-runtime", "-") if cuda else "-",
+        versions.get("nvidia-nccl-cu13", "-") if cuda else "-",
         definition.accelerator.minimum_driver or "-",
         ", ".join(definition.accelerator.sm) or "-",
         inputs.python_version,

@@ -309,6 +309,19 @@ def test_store_below_a_file(project: Project, tmp_path: Path) -> None:
     assert "set DRYDOCK_STORE" in build(project, tmp_path / "file" / "store").error
 
 
+def test_image_without_what_the_tiers_use(own: Project, tiny: Made) -> None:
+    """A new hardware may begin without a trainer: it is said, and the matrix has a dash for it."""
+    for folder in ("tests/trainer", "docs"):
+        (own.root / folder).mkdir(parents=True)
+    (own.root / "tests/trainer/test_one.py").write_text("import verl\n")
+    said = drydock(own, tiny.store, "matrix")
+    assert said.status == 0, said.stderr
+    (row,) = [line for line in said.stdout.splitlines() if line.startswith("| `tiny-mini` | numpy")]
+    assert re.match(r"\| `tiny-mini` \| numpy \S+ \| - \| - \| - \| - \| - \| - \| 3.13.5 \|", row), row
+    line = drydock(own, tiny.store, "contract", "tiny-mini").error
+    assert "tests/trainer/test_one.py:1 uses verl, which the image does not have" in line
+
+
 # Output.
 
 

@@ -889,3 +889,22 @@ def test_the_pages_own_policy_stops_a_planted_request_and_a_planted_script(fault
     answer, console = look(page_of("passing").replace("</main>", f"{fault}</main>"))
     assert any("Content Security Policy" in line for line in console)
     assert answer["title"].startswith("vllm_fast ")
+
+
+def test_the_readmes_picture_is_made_by_its_tool(chromium: str, tmp_path: Path) -> None:
+    """As large as the one that is kept; its pixels depend on a machine's fonts."""
+    root = Path(__file__).parents[2]
+    tool = [sys.executable, root / "tools/picture.py"]
+    environment = {**os.environ, "PATH": f"{Path(chromium).parent}:{os.environ['PATH']}"}
+    run = root / "docs/runs/2026-11-23-cpu.json"
+    subprocess.run([*tool, run, tmp_path / "report.png"], env=environment, check=True)
+    made, kept = ((folder / "report.png").read_bytes() for folder in (tmp_path, root / "docs"))
+    assert made[:24] == kept[:24], "a PNG's signature, width and height"
+    assert len(made) > 20_000, "bytes of a page that shows nothing are few"
+    (tmp_path / "empty.json").write_text("{}")
+    refused = subprocess.run(
+        [*tool, tmp_path / "empty.json", tmp_path / "no.png"], env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert not (tmp_path / "no.png").exists()

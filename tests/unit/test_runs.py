@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from struct import unpack
 
 import pytest
 
@@ -91,3 +92,42 @@ def test_no_mark_in_the_matrix_without_its_run(tmp_path: Path) -> None:
     assert len(marked) == 1
     assert marked[0].startswith("| `h100-vllm` |")
     assert "(earlier)" not in marked[0]
+
+
+def test_the_readmes_short_matrix_says_what_the_long_one_does() -> None:
+    """Engines, and how many tests passed; whoever has not run has no mark in the long one either."""
+    long = (ROOT / "docs/matrix.md").read_text()
+    held, _, proven = long.partition("## Proven")
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] != []
+    for row in rows:
+        name, _, engine, mark, command = (cell.strip() for cell in row.strip("|").split("|"))
+        hardware, _, engine_name = name.strip("`").partition("-")
+        (line,) = [line for line in proven.splitlines() if line.startswith(f"| {name} |")]
+        assert f"| {name} | {engine} |" in held
+        assert command.strip("`") == f"make image-{hardware}" + (
+            "" if engine_name == "vllm" else " ENGINE=sglang"
+        )
+        if passed := re.search(r"\d+ passed", mark):
+            # Of the image as it is recorded, not of an earlier one.
+            runs = re.findall(r"\[rollout, trainer, eplb, (\S+): (\d+ passed)\]\(\S+\)(?! \(earlier\))", line)
+            assert (("fast" if "all tiers, fast" in mark else "fast-cpu-part"), passed[0]) in runs
+        else:
+            assert mark == "built, not run yet"
+            assert "passed" not in line
+    assert {row.split("`")[1] for row in rows} == set(re.findall(r"^\| `(\S+)` \|", held, re.MULTILINE))
+
+
+def test_the_picture_of_a_report_is_of_a_run_that_is_kept_here() -> None:
+    """Its text in the README is the run's, and it is small enough for a first screen."""
+    run = read(RUNS / "2026-11-23-cpu.json")
+    words = re.search(r"!\[(.*)\]\(docs/report.png\)", (ROOT / "README.md").read_text())
+    assert words
+    assert (
+        f"on {run.image.name}: {'passed' if run.ok else 'failed'}, all {len(list(run.tests))} tests"
+        in words[1]
+    )
+    assert f"{run.seconds:.0f} s of" in words[1]
+    picture = (ROOT / "docs/report.png").read_bytes()
+    assert len(picture) < 200_000
+    assert unpack(">II", picture[16:24]) == (1200, 705)
