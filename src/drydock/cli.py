@@ -20,6 +20,7 @@ from drydock.locks import Artifact
 from drydock.oci import Built, read_image
 from drydock.project import get_artifacts, open_store, project_root
 from drydock.store import Store
+from drydock.supply_cli import supply
 
 app = typer.Typer(
     add_completion=False,
@@ -27,6 +28,7 @@ app = typer.Typer(
     help="Reproducible environments for LLM reinforcement-learning stacks.",
 )
 app.add_typer(budget, name="budget")
+app.add_typer(supply)
 
 Names = Annotated[
     list[str] | None, typer.Argument(metavar="[IMAGE]...", help="images; all when none is named")
