@@ -311,16 +311,21 @@ class Client:
             found += names
         return found
 
-    def put_manifest(self, repository: str, tag: str, data: bytes, kind: str = MANIFEST) -> None:
-        """Put a manifest, whose blobs must be there, and its tag."""
+    def put_manifest(self, repository: str, reference: str, data: bytes, kind: str = MANIFEST) -> bool:
+        """Put a manifest, whose blobs must be there, by its digest or under a tag.
 
-        def once() -> None:
-            url = f"{self.registry.url}{repository}/manifests/{tag}"
+        Returns:
+            Whether the registry itself lists it among what refers to its subject (OCI-Subject).
+        """
+
+        def once() -> bool:
+            url = f"{self.registry.url}{repository}/manifests/{reference}"
             headers = {"Content-Type": kind}
             with self._ask("PUT", url, push(repository), headers=headers, content=data) as response:
-                self._expect(response, (201,), f"{repository}:{tag}", writing=True)
+                self._expect(response, (201,), f"{repository}:{reference}", writing=True)
+                return "OCI-Subject" in response.headers
 
-        self._insist(once)
+        return self._insist(once)
 
     # Blobs
 
