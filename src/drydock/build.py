@@ -394,7 +394,7 @@ def _listen(told: Any, progress: Progress) -> None:
             progress.advance(amount)
 
 
-def _carried(image: Image) -> dict[str, Path]:
+def carried(image: Image) -> dict[str, Path]:
     """The files an image carries as they are: what it was made of."""
     if image.vendor:
         return {
@@ -411,7 +411,7 @@ def _carried(image: Image) -> dict[str, Path]:
 
 
 def _manifest_spec(image: Image, specs: list[Spec]) -> Spec:
-    files = {name: sha256_file(path) for name, path in _carried(image).items()}
+    files = {name: sha256_file(path) for name, path in carried(image).items()}
     return Spec(
         kind="manifest",
         title=f"manifest of {image.name}",
@@ -443,7 +443,7 @@ def _make_manifest(
         if row.owner not in wheels or not path.startswith(f"{PREFIX}/")
     }
     with open_layer(store) as (layer, written):
-        for name, path in _carried(inputs.image).items():
+        for name, path in carried(inputs.image).items():
             layer.file(f"{SHARE}/{name}", path.read_bytes())
         _add_links(layer, inputs.image, held)
         rows |= {row.path: row for row in layer.rows}

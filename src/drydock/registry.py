@@ -611,7 +611,7 @@ def first_of(
                 note(f"refused: {error}")
     said = "; ".join(dict.fromkeys(str(error) for error in failures))
     if all(isinstance(error, Missing) for error in failures):
-        said += f": {remedy}"
+        said = f"{said}: {remedy}" if said else remedy
     raise DrydockError(f"{what} is not to be had: {said}")
 
 

@@ -1,7 +1,10 @@
-"""`drydock sbom`: what an image is made of."""
+"""`drydock sbom` and `drydock rebuild`: what an image is made of, and whether that is so."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -37,3 +40,73 @@ def sbom(
     with disk_errors(output.parent):
         output.write_bytes(made.data)
     print(f"{output}: {made.components} components, {made.licensed} of them with a licence")
+
+
+@supply.command()
+def rebuild(
+    reference: Annotated[
+        str, typer.Argument(metavar="IMAGE@sha256:DIGEST", help="a published image, by its manifest's digest")
+    ],
+    registry: Annotated[
+        str | None,
+        typer.Option(
+            "--registry", metavar="HOST[:PORT][/PATH]", help="what DRYDOCK_REGISTRY says by default"
+        ),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="layers made at a time")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON")] = False,
+) -> None:
+    """Build a published image again, from the locks that it carries: is it bit for bit the same?"""
+    from dataclasses import asdict
+
+    from drydock.errors import CheckFailed, DrydockError
+    from drydock.project import get_artifacts, open_store, project_root
+    from drydock.publish import VARIABLE, Source, registries
+    from drydock.rebuild import rebuild as make
+
+    found = re.fullmatch(r"([a-z0-9][a-z0-9.-]*)@sha256:([0-9a-f]{64})", reference)
+    if not found:
+        raise DrydockError(
+            f"{reference!r} names no published image: write IMAGE@sha256: and the 64 digits of its digest"
+        )
+    name, digest = found.groups()
+    root = project_root()
+    store = open_store(root)
+    # It may be in the store; then nobody is asked.
+    places = registries(os.environ, registry) if registry or os.environ.get(VARIABLE) else []
+    source = Source(
+        repository=name, places=places, remedy=f"name who has it with --registry, or set {VARIABLE} to it"
+    )
+    made = make(
+        root, store, source, digest, os.environ, lambda artifacts: get_artifacts(store, artifacts), jobs=jobs
+    )
+    count = sum(1 for layer in made.made.layers if layer.made)
+    if as_json:
+        document = {
+            "image": name,
+            "published": f"sha256:{digest}",
+            "made": f"sha256:{made.made.digest}",
+            "same": made.same,
+            "layers": count,
+            "differences": [asdict(each) for each in made.differences],
+            "seconds": round(made.seconds, 3),
+        }
+        print(json.dumps(document), flush=True)
+    elif made.same:
+        print(f"{reference}: bit for bit the same, {count} layers made again in {made.seconds:.1f} s")
+    else:
+        for each in made.differences:
+            how = "" if each.content else " (the same files, compressed otherwise)"
+            print(
+                f"{each.title}: published {each.published or 'not at all'}, made {each.made or 'not at all'}{how}"
+            )
+    if not made.same:
+        what = (
+            f"{len(made.differences)} of {count} layers differ"
+            if made.differences
+            else "the layers are the same, their order or the config is not"
+        )
+        raise CheckFailed(
+            f"{reference} is not what its locks give here, sha256:{made.made.digest}: {what}; an image does not say "
+            "which drydock made it, so try the one of its time"
+        )
