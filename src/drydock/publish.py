@@ -294,9 +294,6 @@ def take_parts(
     digest: str,
     environ: Mapping[str, str],
     wanted: Callable[[Layer], bool],
-    *,
-    stream: TextIO | None = None,
-    patience: Patience | None = None,
 ) -> Built:
     """The image of a digest (hex sha256), of which manifest, config and some layers are in the store then.
 
@@ -305,8 +302,8 @@ def take_parts(
         DrydockError: it is not to be had, or drydock did not write it.
     """
     with (
-        Progress(f"pull {source.repository}", 0, stream) as progress,
-        _Taker(store, source, environ, progress, patience) as taker,
+        Progress(f"pull {source.repository}", 0) as progress,
+        _Taker(store, source, environ, progress, None) as taker,
     ):
         built, manifest = taker.image(digest)
         taker.all({layer.digest: layer.size for layer in built.layers if wanted(layer)})

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TextIO
 
 import zstandard
 
@@ -21,8 +20,7 @@ from drydock.errors import DrydockError
 from drydock.locks import Artifact
 from drydock.oci import Built, Layer
 from drydock.publish import Source, take_parts
-from drydock.store import Store
-from drydock.transfer import Patience
+from drydock.store import Store, sha256_file
 
 LARGEST_FILE = 16 << 20
 """Bytes of a lock or definition that an image carries; ours have some 100,000."""
@@ -65,8 +63,6 @@ def rebuild(
     get: Callable[[list[Artifact]], object],
     *,
     jobs: int | None = None,
-    stream: TextIO | None = None,
-    patience: Patience | None = None,
 ) -> Rebuilt:
     """Make every layer of a published image again, from nothing but artifacts, and compare.
 
@@ -82,9 +78,7 @@ def rebuild(
     began = time.monotonic()
     name = source.repository
     title = f"manifest of {name}"
-    published = take_parts(
-        store, source, digest, environ, lambda layer: layer.title == title, stream=stream, patience=patience
-    )
+    published = take_parts(store, source, digest, environ, lambda layer: layer.title == title)
     reference = f"{name}@sha256:{digest}"
     _check_name(store, published, reference)
     with store.scratch() as scratch:
@@ -128,21 +122,34 @@ def _files(store: Store, published: Built, title: str) -> dict[str, bytes]:
     """The locks and definitions in an image's last layer, by name."""
     found: dict[str, bytes] = {}
     for layer in published.layers:
-        if layer.title != title:
-            continue
-        with (
-            store.path(layer.digest).open("rb") as blob,
-            zstandard.ZstdDecompressor().stream_reader(blob) as stream,
-            tarfile.open(fileobj=stream, mode="r|") as tar,
-        ):
-            for member in tar:
-                path = PurePosixPath(member.name)
-                if str(path.parent) == SHARE and path.suffix == ".toml" and member.isreg():
-                    if member.size > LARGEST_FILE:
-                        raise DrydockError(f"{path.name} has {member.size} bytes")
-                    file = tar.extractfile(member)
-                    assert file
-                    found[path.name] = file.read()
+        if layer.title == title:
+            if sha256_file(store.path(layer.digest)) != layer.digest:
+                store.discard(layer.digest)
+                raise DrydockError(
+                    f"the layer with them was damaged in {store.root} and has been removed: try again"
+                )
+            try:
+                found |= _definitions(store.path(layer.digest))
+            except (zstandard.ZstdError, tarfile.TarError, EOFError) as error:
+                raise DrydockError(f"the layer with them cannot be read ({error})") from error
+    return found
+
+
+def _definitions(layer: Path) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    with (
+        layer.open("rb") as blob,
+        zstandard.ZstdDecompressor().stream_reader(blob) as stream,
+        tarfile.open(fileobj=stream, mode="r|") as tar,
+    ):
+        for member in tar:
+            path = PurePosixPath(member.name)
+            if str(path.parent) == SHARE and path.suffix == ".toml" and member.isreg():
+                if member.size > LARGEST_FILE:
+                    raise DrydockError(f"{path.name} has {member.size} bytes")
+                file = tar.extractfile(member)
+                assert file
+                found[path.name] = file.read()
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import zstandard
 from conftest import Made
-from mini_image import REPOSITORY, Project, drydock, layer_tar, leftovers, seeded, twin
+from mini_image import REPOSITORY, Project, drydock, flipped, layer_tar, leftovers, rewrite, seeded, twin
 
 sys.path.insert(0, str(REPOSITORY / "tests/unit"))
 
@@ -163,6 +163,17 @@ def test_what_an_image_carries_must_be_right(
     assert said in error
     assert str(warm.root) not in error
     assert leftovers(warm) == []
+
+
+def test_a_layer_of_locks_that_cannot_be_read_is_refused(warm: Store, tiny: Made, project: Project) -> None:
+    *others, last = tiny.built.layers
+    for blob in (b"no zstd", zstandard.compress(b"no tar" * 1000)):
+        prose = replace(last, digest=warm.put(blob), size=len(blob))
+        bad = published(warm, tiny.built, (*others, prose), lambda _: None)
+        assert "the layer with them cannot be read" in drydock(project, warm, "rebuild", reference(bad)).error
+    rewrite(warm.path(last.digest), flipped)
+    assert "was damaged in" in drydock(project, warm, "rebuild", reference(tiny.built)).error
+    assert not warm.has(last.digest)
 
 
 def test_another_image_s_digest_and_none_are_refused(
