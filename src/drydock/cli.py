@@ -19,6 +19,7 @@ from drydock.ci_cli import ci
 from drydock.errors import CheckFailed, DrydockError
 from drydock.project import get_artifacts, open_store, project_root
 from drydock.store import Store
+from drydock.supply_cli import supply
 
 if TYPE_CHECKING or not completion.COMPLETING:
     # No shell's question needs what reads definitions, and pydantic takes most of the time that one may wait.
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(budget, name="budget")
 app.add_typer(ci, name="ci")
+app.add_typer(supply)
 
 Names = Annotated[
     list[str] | None,
@@ -228,14 +230,21 @@ Place = Annotated[
 
 
 @app.command()
-def push(name: Name, registry: Place = None, as_json: Json = False) -> None:
-    """Send a built image to a registry, only what it lacks, and record its digest in lock/images.toml."""
+def push(
+    name: Name,
+    registry: Place = None,
+    no_sbom: Annotated[bool, typer.Option("--no-sbom", help="attach no SBOM to it")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send a built image to a registry, only what it lacks, with its SBOM; record its digest in lock/images.toml."""
     from dataclasses import asdict
 
     from drydock.progress import amount
     from drydock.publish import push as send
     from drydock.publish import registries
     from drydock.published import compare, write_record
+    from drydock.referrers import attach
+    from drydock.sbom import MEDIA_TYPE, sbom
     from drydock.vendor import vendor_source
 
     root = project_root()
@@ -248,18 +257,28 @@ def push(name: Name, registry: Place = None, as_json: Json = False) -> None:
             others.append(read_image(store, other, whole=False))
     base = vendor_source(image, os.environ) if image.vendor else None
     place = registries(os.environ, registry)[0]
+    try:
+        document = None if no_sbom else sbom(image, built, store)
+    except DrydockError as error:
+        raise DrydockError(f"no SBOM can be made of it: {error}; or push with --no-sbom") from error
     report = send(store, built, place, os.environ, others=others, base=base)
     recorded = compare(root, built)
     if recorded != "same":
         write_record(root, built)
+    attached = None
+    if document:
+        title = f"{image.name}.cdx.json"
+        attached = attach(store, built, place, os.environ, kind=MEDIA_TYPE, title=title, data=document.data)
     if as_json:
-        _say(asdict(report) | {"recorded": recorded})
+        _say(asdict(report) | {"sbom": attached and asdict(attached), "recorded": recorded})
         return
     print(f"{report.reference} sha256:{report.digest}")
     print(
         f"{report.blobs} blobs: {report.there} were there, {report.mounted} mounted, {report.uploaded} sent "
         f"({amount(report.sent)}), {report.seconds:.1f} s"
     )
+    if attached:
+        print(f"SBOM sha256:{attached.digest}: {'attached' if attached.added else 'was attached'}")
     was = "as recorded" if recorded == "same" else f"recorded now (was {recorded}): commit it"
     print(f"lock/images.toml: {was}")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 from drydock.errors import DrydockError, OutOfSpace
-from drydock.oci import MANIFEST, Built, hex_of, read_manifest, record_image
+from drydock.oci import MANIFEST, Built, Layer, hex_of, read_manifest, record_image
 from drydock.progress import Progress, amount
 from drydock.published import read_records
 from drydock.registry import (
@@ -286,6 +286,29 @@ def take_blobs(
         _Taker(store, source, environ, progress, patience) as taker,
     ):
         taker.all(wanted)
+
+
+def take_parts(
+    store: Store,
+    source: Source,
+    digest: str,
+    environ: Mapping[str, str],
+    wanted: Callable[[Layer], bool],
+) -> Built:
+    """The image of a digest (hex sha256), of which manifest, config and some layers are in the store then.
+
+    Raises:
+        OutOfSpace: they do not fit on the store's disk.
+        DrydockError: it is not to be had, or drydock did not write it.
+    """
+    with (
+        Progress(f"pull {source.repository}", 0) as progress,
+        _Taker(store, source, environ, progress, None) as taker,
+    ):
+        built, manifest = taker.image(digest)
+        taker.all({layer.digest: layer.size for layer in built.layers if wanted(layer)})
+    store.put(manifest)
+    return built
 
 
 class _Taker:

@@ -311,16 +311,21 @@ class Client:
             found += names
         return found
 
-    def put_manifest(self, repository: str, tag: str, data: bytes, kind: str = MANIFEST) -> None:
-        """Put a manifest, whose blobs must be there, and its tag."""
+    def put_manifest(self, repository: str, reference: str, data: bytes, kind: str = MANIFEST) -> bool:
+        """Put a manifest, whose blobs must be there, by its digest or under a tag.
 
-        def once() -> None:
-            url = f"{self.registry.url}{repository}/manifests/{tag}"
+        Returns:
+            Whether the registry itself lists it among what refers to its subject (OCI-Subject).
+        """
+
+        def once() -> bool:
+            url = f"{self.registry.url}{repository}/manifests/{reference}"
             headers = {"Content-Type": kind}
             with self._ask("PUT", url, push(repository), headers=headers, content=data) as response:
-                self._expect(response, (201,), f"{repository}:{tag}", writing=True)
+                self._expect(response, (201,), f"{repository}:{reference}", writing=True)
+                return "OCI-Subject" in response.headers
 
-        self._insist(once)
+        return self._insist(once)
 
     # Blobs
 
@@ -606,7 +611,7 @@ def first_of(
                 note(f"refused: {error}")
     said = "; ".join(dict.fromkeys(str(error) for error in failures))
     if all(isinstance(error, Missing) for error in failures):
-        said += f": {remedy}"
+        said = f"{said}: {remedy}" if said else remedy
     raise DrydockError(f"{what} is not to be had: {said}")
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import tomllib
-import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from email.parser import HeaderParser
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -23,6 +20,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from uv import find_uv_bin
 
+from drydock.declared import metadata_of, requirements_of
 from drydock.definition import Image
 from drydock.errors import DrydockError
 from drydock.fetch import fetch
@@ -31,7 +29,6 @@ from drydock.locks import (
     Artifact,
     File,
     environment_marker,
-    marker_environment,
     platform,
     platform_tags,
     resolution_inputs,
@@ -122,7 +119,9 @@ def _check_given(image: Image, store: Store, indexes: Indexes, packages: Sequenc
     }
     problems = []
     for wheel in wheels:
-        for requirement in requirements_of(store.path(wheel.sha256), image, extras.get(wheel.name, set())):
+        for requirement in requirements_of(
+            metadata_of(store.path(wheel.sha256)), image, extras.get(wheel.name, set())
+        ):
             name = canonicalize_name(requirement.name)
             if name not in given or name in image.engine.overrides:
                 continue
@@ -137,21 +136,6 @@ def _check_given(image: Image, store: Store, indexes: Indexes, packages: Sequenc
             f"{image.name}: {problems[0]}{more}: take another release, or add the package that is held to overrides "
             "with that version and a reason"
         )
-
-
-def requirements_of(wheel: Path, image: Image, extras: Iterable[str] = ()) -> list[Requirement]:
-    """What a wheel requires in an image, of its own and of some of its extras."""
-    environment = marker_environment(image)
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
-        metadata = HeaderParser().parsestr(archive.read(name).decode("utf-8", "replace"))
-    found = []
-    for text in metadata.get_all("Requires-Dist") or []:
-        requirement = Requirement(text)
-        chosen = [{**environment, "extra": extra} for extra in ("", *extras)]
-        if requirement.marker is None or any(requirement.marker.evaluate(each) for each in chosen):
-            found.append(requirement)
-    return found
 
 
 def one_wheel(image: Image, indexes: Indexes, name: str, version: str) -> Artifact:

@@ -19,6 +19,8 @@ from typing import Any
 
 import docker
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from mini_image import (
     REPOSITORY,
     SITE,
@@ -218,6 +220,30 @@ def test_pushed_it_mounts_its_base_and_pulled_it_runs_and_verifies(
     verified = ours.drydock("verify", "over-mini", "--runtime", "chroot", "--full", store=user)
     assert verified.status == 0, verified.stdout + verified.stderr
     assert "1 provided by vendor/release 1.2.1" in verified.stdout
+
+
+def test_its_sbom_names_its_base_and_rebuilt_it_is_the_same(ours: Over, server: RegistryServer) -> None:
+    assert build(ours.project, ours.store, name="over-mini").status == 0
+    document = json.loads(ours.drydock("sbom", "over-mini").stdout)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(document)) is None
+    components = {each["name"]: each for each in document["components"]}
+    assert components.keys() == {NAME, "click"}
+    base, image = components[NAME], document["metadata"]["component"]
+    assert ours.image.vendor
+    digest = ours.image.vendor.digest
+    assert base["hashes"] == [{"alg": "SHA-256", "content": digest.removeprefix("sha256:")}]
+    assert base["purl"] == f"pkg:oci/release@{digest}?tag=1.2.1"
+    (six,) = base["components"]
+    assert six["purl"] == f"pkg:pypi/six@{ours.image.provides['six']}"
+    needs = {each["ref"]: each.get("dependsOn", []) for each in document["dependencies"]}
+    assert needs[image["bom-ref"]] == sorted([base["bom-ref"], components["click"]["bom-ref"]])
+    assert needs[base["bom-ref"]] == [six["bom-ref"]]
+    reference = f"over-mini@{image['version']}"
+    before = len(server.requests)
+    said = ours.drydock("rebuild", reference)
+    assert said.status == 0, said.stderr
+    assert "bit for bit the same" in said.stdout
+    assert len(server.requests) == before
 
 
 def test_the_layers_of_its_base_come_where_it_runs(ours: Over) -> None:

@@ -82,6 +82,8 @@ class RegistryServer(LoopbackServer):
         self.page = 2
         self.digests = True
         self.mounts = True
+        self.referrers = False
+        """Whether it keeps track of what refers to a manifest, as OCI 1.1 has it."""
         self.steals = ""
         """An address that what is redirected to asks for a password at."""
         self._guard = threading.Lock()
@@ -129,7 +131,7 @@ class _Exchange:
             # As registries do, without reading what follows.
             self.handler.close_connection = True
             return
-        found = re.fullmatch(r"/v2/(.+?)/(manifests|blobs|tags|uploads)/(.*)", self.path)
+        found = re.fullmatch(r"/v2/(.+?)/(manifests|blobs|tags|uploads|referrers)/(.*)", self.path)
         if self.path.startswith("/elsewhere/") and self.server.steals:
             self._send(401, {"WWW-Authenticate": f'Bearer realm="{self.server.steals}",service="x"'})
         elif self.path.startswith("/elsewhere/"):
@@ -138,6 +140,8 @@ class _Exchange:
             self._send(404)
         elif found[2] == "tags":
             self._tags(found[1])
+        elif found[2] == "referrers":
+            self._referrers(found[1], found[3])
         elif found[2] == "manifests":
             self._manifest(found[1], found[3])
         elif found[3].startswith("uploads/"):
@@ -238,14 +242,18 @@ class _Exchange:
             repository = self.server.repositories.setdefault(name, Repository())
             digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
             document = json.loads(data)
-            needed = [entry["digest"] for entry in (document["config"], *document["layers"])]
-            if any(blob not in repository.blobs for blob in needed):
+            named = document.get("manifests") or [document["config"], *document["layers"]]
+            needed = {entry["digest"] for entry in named}
+            if needed - (repository.manifests if "manifests" in document else repository.blobs).keys():
                 error = {"errors": [{"code": "MANIFEST_BLOB_UNKNOWN", "message": "blob unknown"}]}
                 self._send(400, body=json.dumps(error).encode())
                 return
             repository.manifests[digest] = data
-            repository.tags[reference] = digest
-            self._send(201, {"Docker-Content-Digest": digest})
+            if reference != digest:
+                repository.tags[reference] = digest
+            subject = document.get("subject", {}).get("digest")
+            known = {"OCI-Subject": subject} if subject and self.server.referrers else {}
+            self._send(201, {"Docker-Content-Digest": digest, **known})
             return
         there = self._repository(name) or Repository()
         digest = there.tags.get(reference, reference)
@@ -257,6 +265,23 @@ class _Exchange:
         if self.server.digests:
             headers["Docker-Content-Digest"] = digest
         self._send(200, headers, there.manifests[digest])
+
+    def _referrers(self, name: str, subject: str) -> None:
+        if not self.server.referrers:
+            self._send(404)
+            return
+        entries = []
+        for digest, data in (self._repository(name) or Repository()).manifests.items():
+            document = json.loads(data)
+            if document.get("subject", {}).get("digest") == subject:
+                entry = {"digest": digest, "size": len(data), "artifactType": document["artifactType"]}
+                entries.append({"mediaType": document["mediaType"], **entry})
+        index = {
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.index.v1+json",
+            "manifests": entries,
+        }
+        self._send(200, {"Content-Type": index["mediaType"]}, json.dumps(index).encode())
 
     def _blob(self, name: str, digest: str, *, redirect: bool) -> None:
         data = (self._repository(name) or Repository()).blobs.get(digest)
