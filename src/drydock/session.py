@@ -24,8 +24,6 @@ from drydock.errors import CheckFailed, DrydockError
 from drydock.hardware import device_here, gpus_here, hardware_here
 from drydock.oci import Built, read_image
 from drydock.project import get_artifacts, open_store, project_root
-from drydock.publish import VARIABLE as REGISTRIES
-from drydock.published import read_records
 from drydock.runtime import CHECKOUT, MANIFEST, RESULTS, Runtime, Task, choose, inside
 from drydock.store import Store
 from drydock.tiers.budgets import session_ceiling
@@ -367,6 +365,10 @@ def _prebuilt(image: Image, store: Store, runtime: Runtime) -> Built:
     Raises:
         DrydockError: it is in none of them.
     """
+    # Not at the top either.
+    from drydock.publish import VARIABLE
+    from drydock.published import read_records
+
     recorded = read_records(image.root).get(image.name)
     if recorded is None:
         return read_image(store, image.name, whole=False)
@@ -375,10 +377,10 @@ def _prebuilt(image: Image, store: Store, runtime: Runtime) -> Built:
     there = store.read_record("images", image.name)
     if there and f"sha256:{there['digest']}" == recorded["digest"]:
         return read_image(store, image.name, whole=False)
-    if not os.environ.get(REGISTRIES):
+    if not os.environ.get(VARIABLE):
         holds = f"holds sha256:{there['digest'][:12]}" if there else "holds none"
         raise DrydockError(
-            f"{image.name} is recorded as {recorded['digest'][:19]} and {store.root} {holds}: set {REGISTRIES} to who "
+            f"{image.name} is recorded as {recorded['digest'][:19]} and {store.root} {holds}: set {VARIABLE} to who "
             f"has it, or run `drydock build {image.name}`"
         )
     return runtime.pull(image, store, recorded)

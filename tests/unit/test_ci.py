@@ -427,6 +427,8 @@ def test_the_notes_of_a_refresh(checkout: Path, tmp_path: Path, monkeypatch: pyt
         data = tomllib.loads(lock.read_text())
         (moved,) = [package for package in data["packages"] if package["name"] == "aiohttp"]
         old, moved["version"] = moved["version"], "99.1"
+        (wheel,) = moved["wheels"]
+        wheel["path"] = wheel["path"].replace(f"-{old}-", "-99.1-")
         write_lock(lock, data)
     size = tomllib.loads((checkout / "lock/images.toml").read_text())["h100-vllm"]["size"]
     replace(checkout / "lock/images.toml", f"size = {size}\n", "size = 5123000000\n")
