@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
 import tomli_w
@@ -33,6 +34,7 @@ from drydock.definition import Image
 from drydock.errors import DrydockError
 from drydock.fetch import fetch
 from drydock.indexes import read_indexes, uv_arguments
+from drydock.layer import LEVEL
 from drydock.locks import (
     Artifact,
     platform_tags,
@@ -42,10 +44,13 @@ from drydock.locks import (
     write_lock,
 )
 from drydock.locks import platform as uv_platform
-from drydock.oci import Layer
-from drydock.store import Store
+from drydock.oci import Built, Layer
+from drydock.plan import plan_layers
+from drydock.store import CHUNK, Store
 from drydock.unpack import remove_tree
 
+TAR_END = 1024
+"""Bytes of zeros that end a tar."""
 SAMPLE_SECONDS = 0.2
 """Between two looks at a process tree's memory."""
 
@@ -358,6 +363,37 @@ def bumped_project(image: Image, artifact: Artifact, target: Path) -> Image:
     lock["tool"]["drydock"]["inputs"] = sha256_json(resolution_inputs(copy))
     write_lock(copy.pylock_path, lock)
     return copy
+
+
+def venv_layers(image: Image, built: Built) -> list[Layer]:
+    """The layers that a `pip install` would make at once."""
+    inputs = Inputs(image)
+    specs = plan_layers(image, inputs.lock, inputs.base, inputs.tools)
+    wheels = {spec.key for spec in specs if spec.kind == "wheels"}
+    return [layer for layer in built.layers if layer.key in wheels]
+
+
+def as_one_layer(store: Store, layers: list[Layer], target: IO[bytes]) -> str:
+    """Write layers as one, compressed as drydock does: their tars after each other, each without its end.
+
+    Returns:
+        Hex sha256 of the tar.
+    """
+    say(f"compressing {gigabytes(sum(layer.unpacked for layer in layers))} of venv as one layer")
+    whole = hashlib.sha256()
+    with zstandard.ZstdCompressor(level=LEVEL).stream_writer(target, closefd=False) as compressed:
+        for layer in layers:
+            left = layer.unpacked - TAR_END
+            with store.path(layer.digest).open("rb") as file:
+                tar = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+                while left:
+                    data = tar.read(min(CHUNK, left))
+                    whole.update(data)
+                    compressed.write(data)
+                    left -= len(data)
+        compressed.write(bytes(TAR_END))
+    whole.update(bytes(TAR_END))
+    return whole.hexdigest()
 
 
 def gigabytes(size: float) -> str:

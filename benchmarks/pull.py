@@ -13,10 +13,10 @@ from email.parser import HeaderParser
 from pathlib import Path
 from typing import IO, cast
 
-import zstandard
 from common import (
     Document,
     Parser,
+    as_one_layer,
     bumped_project,
     drydock,
     gigabytes,
@@ -26,6 +26,7 @@ from common import (
     say,
     seed,
     seed_layers,
+    venv_layers,
     work_folder,
 )
 from packaging.requirements import Requirement
@@ -34,15 +35,10 @@ from packaging.version import Version
 
 from drydock.build import Inputs
 from drydock.definition import Image
-from drydock.layer import LEVEL
 from drydock.locks import Artifact
-from drydock.oci import Built, Layer, read_image
-from drydock.plan import plan_layers
+from drydock.oci import Layer, read_image
 from drydock.project import open_store, project_root
-from drydock.store import CHUNK, Store
-
-TAR_END = 1024
-"""Bytes of zeros that end a tar."""
+from drydock.store import Store
 
 NOTES = {
     "layers": "bytes of the new image's layers that the old one does not have, config and manifest",
@@ -81,8 +77,10 @@ def measure(arguments: Namespace) -> Document:
         layers = [layer for layer in after.layers if layer.digest not in held]
         documents = sum(store.path(digest).stat().st_size for digest in (after.digest, after.config_digest))
         pulled = sum(layer.size for layer in layers) + documents
-        venv = _venv(other if newer else image, after)
-        one = _one_layer(store, venv)
+        venv = venv_layers(other if newer else image, after)
+        count = _Count()
+        as_one_layer(store, venv, cast(IO[bytes], count))
+        one = count.size
         return {
             "image": image.name,
             "engine": {
@@ -121,33 +119,6 @@ def _why(layer: Layer, engine: str) -> str:
     if not layer.contents:
         return "says what the image is made of, so it changes with every lock"
     return "its inputs changed"
-
-
-def _venv(image: Image, built: Built) -> list[Layer]:
-    """The layers that a `pip install` would make at once."""
-    inputs = Inputs(image)
-    specs = plan_layers(image, inputs.lock, inputs.base, inputs.tools)
-    wheels = {spec.key for spec in specs if spec.kind == "wheels"}
-    return [layer for layer in built.layers if layer.key in wheels]
-
-
-def _one_layer(store: Store, layers: list[Layer]) -> int:
-    """Compressed bytes of layers as one: their tars after each other, each without its end."""
-    say(f"compressing {gigabytes(sum(layer.unpacked for layer in layers))} of venv as one layer")
-    count = _Count()
-    with zstandard.ZstdCompressor(level=LEVEL).stream_writer(
-        cast(IO[bytes], count), closefd=False
-    ) as compressed:
-        for layer in layers:
-            left = layer.unpacked - TAR_END
-            with store.path(layer.digest).open("rb") as file:
-                tar = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-                while left:
-                    data = tar.read(min(CHUNK, left))
-                    compressed.write(data)
-                    left -= len(data)
-        compressed.write(bytes(TAR_END))
-    return count.size
 
 
 class _Count:

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from debian.debfile import DebFile
 
 from drydock.debs import content, open_deb, status_paragraph
-from drydock.definition import Image, VendorBase
+from drydock.definition import Image
 from drydock.layer import LayerWriter
 from drydock.locks import DebianLock
 from drydock.store import Store
 from drydock.wheels import PREFIX
 
+ENVIRONMENT = ("LANG=C.UTF-8",)
+"""Of every image on Debian, as a vendor's image has it in its config."""
 USER = "drydock"
 USER_ID = 1000
 """The ordinary user of an image, for those who do not want to be root in it."""
@@ -61,7 +63,8 @@ def add_base_files(layer: LayerWriter, store: Store, image: Image, lock: DebianL
         layer.symlink(f"etc/alternatives/{name}", target)
     # A login shell's /etc/profile sets PATH anew and then reads this.
     layer.file("etc/profile.d/drydock.sh", f"PATH=/{PREFIX}/bin:$PATH\n".encode())
-    add_venv(layer, image.definition.python, lock)
+    series = image.definition.python
+    add_venv(layer, f"/usr/bin/python{series}", python_version(series, lock))
 
 
 def _text(deb: DebFile, path: str) -> str:
@@ -105,39 +108,33 @@ def _add_certificates(layer: LayerWriter, deb: DebFile) -> None:
     layer.symlink("etc/ssl/cert.pem", "certs/ca-certificates.crt")
 
 
-def add_venv(layer: LayerWriter, series: str, lock: DebianLock) -> None:
-    """An empty venv at the image's prefix, as `python -m venv --without-pip` would make it."""
-    version = python_version(series, lock)
-    layer.file(
-        f"{PREFIX}/pyvenv.cfg",
-        f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {version}\n".encode(),
-    )
-    layer.symlink(f"{PREFIX}/bin/python", f"/usr/bin/python{series}")
+def add_venv(layer: LayerWriter, interpreter: str, version: str, *, system: bool = False) -> None:
+    """An empty venv at the image's prefix, as `python -m venv --without-pip` would make it.
+
+    Parameters:
+        interpreter: the image's own, an absolute path.
+        version: the interpreter's, as `platform.python_version()` has it.
+        system: whether its own distributions are seen, after ours.
+    """
+    series = version.rpartition(".")[0]
+    settings = {
+        "home": posixpath.dirname(interpreter),
+        "include-system-site-packages": str(system).lower(),
+        "version": version,
+    }
+    text = "".join(f"{key} = {value}\n" for key, value in settings.items())
+    layer.file(f"{PREFIX}/pyvenv.cfg", text.encode())
+    layer.symlink(f"{PREFIX}/bin/python", interpreter)
     for name in ("python3", f"python{series}"):
         layer.symlink(f"{PREFIX}/bin/{name}", "python")
     layer.symlink(f"{PREFIX}/lib64", "lib")
 
 
-def add_vendor_venv(layer: LayerWriter, vendor: VendorBase) -> None:
-    """A venv over a vendor's interpreter in which its own distributions are seen, ours before them."""
-    series = vendor.python_version.rpartition(".")[0]
-    home = posixpath.dirname(vendor.interpreter)
-    layer.file(
-        f"{PREFIX}/pyvenv.cfg",
-        f"home = {home}\ninclude-system-site-packages = true\nversion = {vendor.python_version}\n".encode(),
-    )
-    layer.symlink(f"{PREFIX}/bin/python", vendor.interpreter)
-    for name in ("python3", f"python{series}"):
-        layer.symlink(f"{PREFIX}/bin/{name}", "python")
-    layer.symlink(f"{PREFIX}/lib64", "lib")
-    layer.folder(f"{PREFIX}/lib/python{series}/site-packages")
-
-
-def vendor_environment(locked: Sequence[str], extra: Mapping[str, str]) -> dict[str, str]:
-    """The vendor's environment with our venv before its programs, and what the definition adds."""
-    theirs = dict(entry.split("=", 1) for entry in locked if "=" in entry)
-    path = theirs.get("PATH") or "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    return {**theirs, "PATH": f"/{PREFIX}/bin:{path}", "VIRTUAL_ENV": f"/{PREFIX}", **extra}
+def image_environment(base: Sequence[str], extra: Mapping[str, str]) -> dict[str, str]:
+    """The base's environment (NAME=value) with our venv before its programs, and what the definition adds."""
+    below = dict(entry.split("=", 1) for entry in base if "=" in entry)
+    path = below.get("PATH") or "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    return {**below, "PATH": f"/{PREFIX}/bin:{path}", "VIRTUAL_ENV": f"/{PREFIX}", **extra}
 
 
 def python_version(series: str, lock: DebianLock) -> str:
@@ -170,16 +167,6 @@ def add_dpkg_database(layer: LayerWriter, store: Store, lock: DebianLock) -> Non
     ):
         layer.file(f"var/lib/dpkg/{name}", b"")
     layer.folder("var/lib/dpkg/updates")
-
-
-def base_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """The environment of every image with this base, and what the definition adds."""
-    return {
-        "LANG": "C.UTF-8",
-        "PATH": f"/{PREFIX}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "VIRTUAL_ENV": f"/{PREFIX}",
-        **extra,
-    }
 
 
 def stdlib_sources(names: Iterable[str], series: str) -> dict[str, str]:

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from drydock.base import (
+    ENVIRONMENT,
     add_base_files,
     add_dpkg_database,
-    add_vendor_venv,
-    base_environment,
+    add_venv,
+    image_environment,
     python_version,
     stdlib_sources,
-    vendor_environment,
 )
 from drydock.bytecode import (
     Compiler,
@@ -103,10 +103,13 @@ class Inputs:
     @property
     def environment(self) -> dict[str, str]:
         """The image's environment."""
-        extra = self.image.engine.environment
-        if self.vendor:
-            return vendor_environment(self.vendor.environment, extra)
-        return base_environment(extra)
+        base = self.vendor.environment if self.vendor else ENVIRONMENT
+        return image_environment(base, self.image.engine.environment)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Every distribution that the image holds, ours and those its base provides -> version."""
+        return self.image.provides | {package.name: package.version for package in self.lock.packages}
 
     @property
     def python_version(self) -> str:
@@ -285,9 +288,11 @@ def _make(spec: Spec) -> dict[str, Any]:
                     _add_stdlib(layer, worker, artifact)
                 worker.told.put(("advance", spec.title, artifact.size))
             if spec.kind == "venv":
-                assert worker.image.vendor
+                vendor = worker.image.vendor
+                assert vendor
                 layer.owner = "drydock"
-                add_vendor_venv(layer, worker.image.vendor)
+                add_venv(layer, vendor.interpreter, vendor.python_version, system=True)
+                layer.folder(site_packages(worker.image.definition.python))
             if spec.kind == "base":
                 add_base_files(layer, worker.store, worker.image, worker.inputs.base)
                 add_dpkg_database(layer, worker.store, worker.inputs.base)
@@ -547,9 +552,6 @@ def _provided(vendor: VendorBase) -> dict[str, Any]:
 
 def _labels(inputs: Inputs) -> dict[str, str]:
     image = inputs.image
-    versions = dict(image.vendor.provides) if image.vendor else {}
-    versions |= {package.name: package.version for package in inputs.lock.packages}
-    base = {}
     if image.vendor:
         base = {
             "org.opencontainers.image.base.name": f"{image.vendor.repository}:{image.vendor.version}",
@@ -563,7 +565,7 @@ def _labels(inputs: Inputs) -> dict[str, str]:
         "dev.drydock.image": image.name,
         "dev.drydock.lock": f"sha256:{sha256_file(image.pylock_path)}",
         "dev.drydock.base-lock": f"sha256:{sha256_file(image.base_lock_path)}",
-        "dev.drydock.engine": f"{image.engine.distribution} {versions[image.engine.distribution]}",
+        "dev.drydock.engine": f"{image.engine.distribution} {inputs.versions[image.engine.distribution]}",
         "dev.drydock.python": inputs.python_version,
         "dev.drydock.accelerator": image.definition.accelerator.kind,
     }

@@ -15,10 +15,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from drydock.definition import Image
 from drydock.drivers import driver_files
 from drydock.errors import DrydockError
 from drydock.namespaces import END_NOW, PASSED_ON, Bind, Entry, to_foreground
@@ -35,6 +37,18 @@ class ChrootRuntime:
     """Runs images on the machine's own kernel, as root or as a user who may make user namespaces."""
 
     name = "chroot"
+
+    def held(self, name: str, recorded: Mapping[str, Any]) -> Built | None:
+        """None: what it runs is in the store."""
+        del name, recorded
+        return None
+
+    def pull(self, image: Image, store: Store, recorded: Mapping[str, Any]) -> Built:
+        """Bring the recorded image from the user's registries into the store."""
+        from drydock.publish import pull, registries
+
+        del recorded
+        return pull(image.root, store, image.name, registries(os.environ), os.environ)[0]
 
     def prepare(self, store: Store, built: Built) -> None:
         """Unpack the layers that are not unpacked yet."""

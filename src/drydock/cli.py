@@ -215,10 +215,10 @@ def push(name: Name, registry: Place = None, as_json: Json = False) -> None:
     from dataclasses import asdict
 
     from drydock.progress import amount
-    from drydock.publish import Base, registries
     from drydock.publish import push as send
+    from drydock.publish import registries
     from drydock.published import compare, write_record
-    from drydock.vendor import base_registries
+    from drydock.vendor import vendor_source
 
     root = project_root()
     store = open_store(root)
@@ -228,7 +228,7 @@ def push(name: Name, registry: Place = None, as_json: Json = False) -> None:
     for other in image_names(root):
         if other != image.name and store.read_record("images", other):
             others.append(read_image(store, other, whole=False))
-    base = Base(image.vendor.repository, base_registries(os.environ)) if image.vendor else None
+    base = vendor_source(image, os.environ) if image.vendor else None
     place = registries(os.environ, registry)[0]
     report = send(store, built, place, os.environ, others=others, base=base)
     recorded = compare(root, built)

@@ -179,20 +179,18 @@ class _Reader(ast.NodeVisitor):
         elif (found := VARIABLE.fullmatch(node.value)) and found[1].lower() in self.packages:
             self._use(node, found[1].lower(), "variable", node.value)
         elif (found := KEY.fullmatch(node.value)) and (found[1] or found[3]):
-            self._key(node)
+            self._key(node, found)
 
     def visit_Dict(self, node: ast.Dict) -> None:
         for key in node.keys:
             # Elsewhere a text without a value may as well be a file's name.
-            if isinstance(key, ast.Constant) and isinstance(key.value, str) and not key.value.endswith("="):
+            if isinstance(key, ast.Constant) and isinstance(key.value, str):
                 found = KEY.fullmatch(key.value)
                 if found and not (found[1] or found[3]):
-                    self._key(key)
+                    self._key(key, found)
         self.generic_visit(node)
 
-    def _key(self, node: ast.Constant) -> None:
-        found = KEY.fullmatch(str(node.value))
-        assert found
+    def _key(self, node: ast.Constant, found: re.Match[str]) -> None:
         # What is added must have somewhere to be added to; an f-string's text ends before the name that varies.
         whole = not found[1].startswith("+") or found[3] == "."
         self._use(node, "verl", "key", found[2] if whole else found[2].rpartition(".")[0])

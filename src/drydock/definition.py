@@ -209,6 +209,11 @@ class Image:
         return base if isinstance(base, VendorBase) else None
 
     @property
+    def provides(self) -> dict[str, str]:
+        """Distributions that its base holds, normalized name -> version."""
+        return dict(self.vendor.provides) if self.vendor else {}
+
+    @property
     def base(self) -> DebianRequest:
         """What its Debian base holds; only of an image on Debian."""
         assert self._base, f"{self.name} stands on a vendor's image"
@@ -325,25 +330,24 @@ def read_definition(path: Path) -> Definition:
         definition.accelerator.minimum_driver and definition.accelerator.sm
     ):
         raise DrydockError(f"{path}: accelerator: kind cuda needs minimum-driver and sm")
+    named = {
+        f"engine.{engine_name}.{table.replace('_', '-')}": getattr(engine, table)
+        for engine_name, engine in definition.engine.items()
+        for table in ("overrides", "exclusions", "source_builds", "overlaps")
+    }
     if isinstance(definition.base, VendorBase):
-        for name in definition.base.provides:
-            if canonicalize_name(name) != name:
-                raise DrydockError(
-                    f"{path}: base.provides.{name}: write the normalized name {canonicalize_name(name)!r}"
-                )
+        named = {"base.provides": definition.base.provides, **named}
         series = definition.base.python_version.rpartition(".")[0]
         if series != definition.python:
             raise DrydockError(
                 f"{path}: base.python-version: {definition.base.python_version} is no {definition.python}"
             )
-    for engine_name, engine in definition.engine.items():
-        for table in ("overrides", "exclusions", "source_builds", "overlaps"):
-            for name in getattr(engine, table):
-                if canonicalize_name(name) != name:
-                    raise DrydockError(
-                        f"{path}: engine.{engine_name}.{table.replace('_', '-')}.{name}: "
-                        f"write the normalized name {canonicalize_name(name)!r}"
-                    )
+    for key, names in named.items():
+        for name in names:
+            if canonicalize_name(name) != name:
+                raise DrydockError(
+                    f"{path}: {key}.{name}: write the normalized name {canonicalize_name(name)!r}"
+                )
     return definition
 
 

@@ -47,7 +47,7 @@ def side(root: Path, store: Store, name: str) -> Side:
     image = Image.named(root, image_name)
     if image.vendor:
         vendor = read_vendor_lock(image)
-        base = {vendor.repository: f"{vendor.version} sha256:{vendor.manifest[:12]}"}
+        base = versions_in(vendor.model_dump())
     else:
         lock = read_debian_lock(root, image.base, image.definition.architecture)
         base = {package.name: package.version for package in lock.packages}

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import docker
-from docker.errors import APIError, DockerException, ImageNotFound
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.types import DeviceRequest, Mount
 
 from drydock import oci
+from drydock.definition import Image
 from drydock.errors import DrydockError
 from drydock.namespaces import USER_ID
 from drydock.oci import Built
@@ -75,6 +77,55 @@ class DockerRuntime:
         about = self._client.info()
         return str(about["ServerVersion"]), _containerd(about)
 
+    def held(self, name: str, recorded: Mapping[str, Any]) -> Built | None:
+        """The recorded image, if the engine holds it; its layers are the engine's own."""
+        built = _named(name, recorded)
+        if not self._loaded(built):
+            return None
+        facts = self._client.images.get(built.reference).attrs
+        environment = dict(entry.split("=", 1) for entry in facts["Config"]["Env"])
+        return replace(built, architecture=facts["Architecture"], environment=environment)
+
+    def pull(self, image: Image, store: Store, recorded: Mapping[str, Any]) -> Built:
+        """Have the engine pull what is recorded, by that digest."""
+        del store
+        from drydock.publish import registries, source_of
+        from drydock.registry import Registry, first_of
+
+        source = source_of(image.name, registries(os.environ))
+        with Progress("pull into docker", recorded["size"]) as progress:
+            progress.start(image.name)
+
+            def ask(place: Registry) -> Built:
+                repository = f"{place.host}/{place.repository(source.repository)}"
+                self._pull(repository, recorded["digest"], progress)
+                pulled = self._client.images.get(f"{repository}@{recorded['digest']}")
+                ours, _, tag = _named(image.name, recorded).reference.partition(":")
+                pulled.tag(ours, tag)
+                if built := self.held(image.name, recorded):
+                    return built
+                raise DrydockError(f"{place} gave {pulled.id}, which is not what is recorded")
+
+            what = f"{image.name} {recorded['digest']}"
+            return first_of(source.places, ask, what, source.remedy, progress.note)[1]
+
+    def _pull(self, repository: str, digest: str, progress: Progress) -> None:
+        from drydock.registry import Missing
+
+        seen: dict[str, int] = {}
+        try:
+            for event in self._client.api.pull(repository, tag=digest, stream=True, decode=True):
+                if "error" in event:
+                    raise DrydockError(f"Docker: {event['error']}")
+                if event.get("status") == "Downloading":
+                    current = event["progressDetail"].get("current", 0)
+                    progress.advance(current - seen.get(event["id"], 0))
+                    seen[event["id"]] = current
+        except NotFound as error:
+            raise Missing(f"{repository}@{digest} is not there") from error
+        except (DockerException, OSError) as error:
+            raise DrydockError(f"Docker: {_reason(error)}") from error
+
     def prepare(self, store: Store, built: Built) -> None:
         """Load the image, unless the engine holds this very one."""
         if self._loaded(built):
@@ -119,7 +170,10 @@ class DockerRuntime:
         )
 
     def run(self, store: Store, built: Built, task: Task) -> int:
-        """Run the task in a container of its own, which is removed afterwards."""
+        """Run the task in a container of its own, which a thread removes beside what comes next.
+
+        The process does not end before that thread.
+        """
         del store
         check_architecture(built, self._client.info()["Architecture"])
         self._remove_orphans()
@@ -130,12 +184,13 @@ class DockerRuntime:
                     return self._interactive(container)
                 return self._stream(container)
             finally:
-                container.remove(force=True, v=True)
+                threading.Thread(target=_remove, args=(container,), name="removal").start()
 
     def _remove_orphans(self) -> None:
         """End containers of a drydock on this machine that was killed before it could end them itself."""
+        # One that its own drydock removes meanwhile is no orphan.
         for container in self._client.containers.list(
-            all=True, filters={"label": f"{OWNER}={platform.node()}"}
+            all=True, ignore_removed=True, filters={"label": f"{OWNER}={platform.node()}"}
         ):
             if not Path("/proc", container.labels.get(OWNER_PID, "")).is_dir():
                 with contextlib.suppress(DockerException):
@@ -161,6 +216,7 @@ class DockerRuntime:
                 device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if task.gpus else [],
                 init=True,
                 shm_size=SHARED_MEMORY,
+                platform=f"linux/{built.architecture}",
                 labels={**LABEL, OWNER: platform.node(), OWNER_PID: str(os.getpid())},
                 stdin_open=task.interactive,
                 tty=task.interactive and sys.stdin.isatty(),
@@ -203,6 +259,25 @@ class DockerRuntime:
         if container.status == "created":
             return started.returncode
         return int(container.wait()["StatusCode"])
+
+
+def _named(name: str, recorded: Mapping[str, Any]) -> Built:
+    """A recorded image, of which no more is known than its digests."""
+    return Built(
+        name=name,
+        architecture="",
+        digest=oci.hex_of(recorded["digest"]),
+        config_digest=oci.hex_of(recorded["config-digest"]),
+        layers=(),
+        environment={},
+    )
+
+
+def _remove(container: Container) -> None:
+    try:
+        container.remove(force=True, v=True)
+    except (DockerException, OSError) as error:
+        print(f"drydock: container {container.short_id} is not removed: {_reason(error)}", file=sys.stderr)
 
 
 def _copy(output: Iterable[tuple[bytes | None, bytes | None]]) -> None:

@@ -37,7 +37,9 @@ from drydock.transfer import (
     Stopped,
     host_of,
     insist,
+    receiving,
     retry_after,
+    still_to_come,
 )
 
 FAILURES_IN_A_ROW = 8
@@ -108,15 +110,8 @@ def fetch(
     )
 
 
-def _part_path(store: Store, artifact: Artifact) -> Path:
-    return store.tmp / f"{artifact.sha256}.part"
-
-
 def _check_room(store: Store, missing: Sequence[Artifact]) -> None:
-    needed = 0
-    for artifact in missing:
-        part = _part_path(store, artifact)
-        needed += max(0, artifact.size - (part.stat().st_size if part.exists() else 0))
+    needed = still_to_come(store, {artifact.sha256: artifact.size for artifact in missing})
     free = shutil.disk_usage(store.root).free
     if needed > free:
         raise OutOfSpace(
@@ -202,33 +197,18 @@ class _Fetcher:
 
     def _get(self, artifact: Artifact) -> None:
         """Bring one artifact into the store from the first place that has it."""
-        with self.store.lock(f"fetch-{artifact.sha256[:16]}"):
-            path = _part_path(self.store, artifact)
-            if self.store.has(artifact.sha256, artifact.size):
-                path.unlink(missing_ok=True)
+        with receiving(self.store, artifact.sha256, artifact.size) as part:
+            if part is None:
                 self.progress.advance(artifact.size)
                 return
+            if part.size:
+                self.progress.note(f"{artifact.filename}: resumed at {part.size} of {artifact.size} bytes")
+                self.progress.advance(part.size)
+                with self._lock:
+                    self.resumed += part.size
             failures: list[_Failure] = []
-            part = Part(path, self.store.root)
-            try:
-                self._begin(artifact, part)
-                done = part.size == artifact.size or self._from_places(artifact, part, failures)
-            finally:
-                part.close()
-                if part.size == 0:
-                    path.unlink(missing_ok=True)
-            if not done:
+            if part.size < artifact.size and not self._from_places(artifact, part, failures):
                 raise _Unavailable(_message(artifact, failures, self.mirrors))
-            self.store.adopt(path, artifact.sha256)
-
-    def _begin(self, artifact: Artifact, part: Part) -> None:
-        if part.size > artifact.size or (part.size == artifact.size and part.digest != artifact.sha256):
-            part.restart()
-        if part.size:
-            self.progress.note(f"{artifact.filename}: resumed at {part.size} of {artifact.size} bytes")
-            self.progress.advance(part.size)
-            with self._lock:
-                self.resumed += part.size
 
     def _from_places(self, artifact: Artifact, part: Part, failures: list[_Failure]) -> bool:
         for find in self._places(artifact):

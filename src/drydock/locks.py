@@ -207,9 +207,8 @@ def sha256_json(value: Any) -> str:
 def resolution_inputs(image: Image) -> dict[str, Any]:
     """Everything in the definition that decides what the resolver answers; environment and labels do not."""
     engine = image.engine
-    provided = {"provides": dict(image.vendor.provides)} if image.vendor else {}
     return {
-        **provided,
+        **({"provides": image.provides} if image.vendor else {}),
         "python": image.definition.python,
         "platform": platform(image),
         "requirements": sorted(engine.requirements),
@@ -372,9 +371,7 @@ def check_pylock(image: Image, lock: PyLock) -> list[str]:
     overrides = {
         name: Requirement(f"{name}=={entry.version}") for name, entry in image.engine.overrides.items()
     }
-    provided = (
-        {name: Version(version) for name, version in image.vendor.provides.items()} if image.vendor else {}
-    )
+    provided = {name: Version(version) for name, version in image.provides.items()}
     problems += [f"{name} is provided by the base and locked" for name in sorted(versions.keys() & provided)]
     asked = [Requirement(text) for text in image.engine.requirements]
     for requirement in asked:

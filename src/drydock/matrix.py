@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from drydock.base import python_version
+from drydock.build import Inputs
 from drydock.definition import Image, image_names
-from drydock.locks import read_debian_lock, read_pylock
 from drydock.published import read_records
 from drydock.report import Report, read
 
@@ -62,15 +61,8 @@ def held(root: Path) -> list[str]:
 
 def _held(image: Image, record: dict[str, object] | None) -> tuple[str, ...]:
     definition = image.definition
-    versions = dict(image.vendor.provides) if image.vendor else {}
-    versions |= {package.name: package.version for package in read_pylock(image).packages}
-    python = (
-        image.vendor.python_version
-        if image.vendor
-        else python_version(
-            definition.python, read_debian_lock(image.root, image.base, definition.architecture)
-        )
-    )
+    inputs = Inputs(image)
+    versions = inputs.versions
     cuda = definition.accelerator.kind == "cuda"
     engine = image.engine.distribution
     return (
@@ -82,7 +74,7 @@ def _held(image: Image, record: dict[str, object] | None) -> tuple[str, ...]:
         versions["nvidia-nccl-cu13"] if cuda else "-",
         definition.accelerator.minimum_driver or "-",
         ", ".join(definition.accelerator.sm) or "-",
-        python,
+        inputs.python_version,
         f"`{str(record['digest'])[:19]}`" if record else "-",
         f"{int(str(record['size'])) / 1e9:.2f}" if record else "-",
     )

@@ -34,8 +34,7 @@ class Layer:
 
     `title` says what is in it, `contents` names it piece by piece, `key` is the hash of what it was made
     from; `made` is whether this build made it or found it. `vendor` is one of a vendor's base, which a build does not
-    have. Of a layer that was pulled nobody here knows `unpacked`
-    (0), `contents` and `key` (empty).
+    have. Of a layer that was pulled, nobody here knows `unpacked` (0), `contents` and `key` (empty).
     """
 
     digest: str
@@ -266,13 +265,13 @@ def read_manifest(name: str, digest: str, manifest: dict[str, Any], config: dict
             name=name,
             architecture=config["architecture"],
             digest=digest,
-            config_digest=_hex(manifest["config"]["digest"]),
+            config_digest=hex_of(manifest["config"]["digest"]),
             environment=dict(entry.split("=", 1) for entry in config["config"]["Env"]),
             layers=tuple(
                 Layer(
-                    digest=_hex(layer["digest"]),
+                    digest=hex_of(layer["digest"]),
                     size=int(layer["size"]),
-                    diff_id=_hex(diff_id),
+                    diff_id=hex_of(diff_id),
                     unpacked=0,
                     title=layer["annotations"]["dev.drydock.layer.title"],
                     contents=(),
@@ -287,7 +286,12 @@ def read_manifest(name: str, digest: str, manifest: dict[str, Any], config: dict
         raise DrydockError(f"sha256:{digest} is no image that drydock wrote ({error!r})") from error
 
 
-def _hex(digest: str) -> str:
+def hex_of(digest: str) -> str:
+    """The hex part of a digest.
+
+    Raises:
+        ValueError: it is no sha256.
+    """
     found = re.fullmatch("sha256:([0-9a-f]{64})", digest)
     if not found:
         raise ValueError(f"{digest!r} is no sha256")

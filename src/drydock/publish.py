@@ -6,41 +6,45 @@ never moved, and nothing here is pulled by it.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TextIO
 
 from drydock.errors import DrydockError, OutOfSpace
-from drydock.indexes import read_indexes
-from drydock.oci import MANIFEST, Built, read_manifest, record_image
+from drydock.oci import MANIFEST, Built, hex_of, read_manifest, record_image
 from drydock.progress import Progress, amount
 from drydock.published import read_records
-from drydock.registry import Client, Missing, Refused, Registry, credentials
-from drydock.store import Store
-from drydock.transfer import Crew, Part, Patience
+from drydock.registry import (
+    LARGEST_CONFIG,
+    Answer,
+    Client,
+    Refused,
+    Registry,
+    first_of,
+    read_object,
+)
+from drydock.store import Store, sha256_file
+from drydock.transfer import Crew, Patience, receiving, still_to_come
 
 VARIABLE = "DRYDOCK_REGISTRY"
 """The user's registries and mirrors, separated by spaces, in the order in which they are asked."""
-Answer = TypeVar("Answer")
-SMALL = 4 << 20
-"""Bytes: no config of an image is larger, and it is read into memory."""
 
 
-@dataclass(frozen=True)
-class Base:
-    """A vendor's image: its repository, and the registries that may hold it."""
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An image's repository and the registries that may hold it; `remedy` is what to do if none of them does."""
 
     repository: str
     places: Sequence[Registry]
+    remedy: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,12 @@ def registries(environ: Mapping[str, str], named: str | None = None) -> list[Reg
     return [Registry.read(text) for text in texts]
 
 
+def source_of(name: str, places: Sequence[Registry]) -> Source:
+    """Where an image of ours is."""
+    remedy = f"push {name} there, or set {VARIABLE} to who has it"
+    return Source(repository=name, places=places, remedy=remedy)
+
+
 def push(
     store: Store,
     built: Built,
@@ -89,7 +99,7 @@ def push(
     environ: Mapping[str, str],
     *,
     others: Sequence[Built] = (),
-    base: Base | None = None,
+    base: Source | None = None,
     stream: TextIO | None = None,
     patience: Patience | None = None,
     today: datetime | None = None,
@@ -118,7 +128,7 @@ def push(
     counts = {"there": 0, "mounted": 0, "uploaded": 0, "sent": 0}
     crew, guard = Crew("push"), threading.Lock()
     with Progress("push", sum(sizes.values()), stream) as progress, ExitStack() as stack:
-        client = stack.enter_context(_client(registry, environ, patience, crew.stop, progress.note))
+        client = stack.enter_context(Client.configured(registry, environ, patience, crew.stop, progress.note))
 
         def count(what: str, by: int = 1) -> None:
             with guard:
@@ -133,24 +143,27 @@ def push(
                 send(digest, key)
             progress.done(title)
 
+        def elsewhere(digest: str) -> list[str]:
+            """Repositories of the same registry that may hold a blob already."""
+            images = [other for other in others if any(layer.digest == digest for layer in other.layers)]
+            return [
+                *(bases if digest in theirs else ()),
+                *(registry.repository(other.name) for other in images),
+            ]
+
         def send(digest: str, key: str) -> None:
-            if client.has_blob(repository, digest, sizes[digest]):
+            size = sizes[digest]
+            begun = (store.read_record("uploads", key) or {}).get("location")
+            if client.has_blob(repository, digest, size):
                 store.drop_record("uploads", key)
-                progress.advance(sizes[digest])
+                progress.advance(size)
                 count("there")
-            elif base and digest in theirs and client.mount_blob(repository, digest, sizes[digest], bases):
-                progress.advance(sizes[digest])
+            elif not begun and client.mount_blob(repository, digest, size, elsewhere(digest)):
+                progress.advance(size)
                 count("mounted")
             else:
-                if base and digest in theirs and not store.has(digest, sizes[digest]):
-                    take_blobs(
-                        store,
-                        base.repository,
-                        {digest: sizes[digest]},
-                        base.places,
-                        environ,
-                        patience=patience,
-                    )
+                if base and digest in theirs and not store.has(digest, size):
+                    take_blobs(store, base, {digest: size}, environ, patience=patience)
 
                 def keep(location: str | None) -> None:
                     if location:
@@ -162,28 +175,19 @@ def push(
                     repository,
                     digest,
                     store.path(digest),
-                    mount=[
-                        registry.repository(other.name)
-                        for other in others
-                        if any(layer.digest == digest for layer in other.layers)
-                    ],
-                    begun=(store.read_record("uploads", key) or {}).get("location"),
+                    begun=begun,
                     keep=keep,
                     advance=progress.advance,
                 )
-                if sent is None:
-                    count("mounted")
-                else:
-                    count("uploaded")
-                    count("sent", sent)
+                count("uploaded")
+                count("sent", sent)
 
         # The largest first, so that none of them ends alone.
         crew.run(sorted(sizes, key=lambda digest: -sizes[digest]), one)
-        last = stack.enter_context(_client(registry, environ, patience, threading.Event(), progress.note))
-        tag = _tag(last, repository, built.digest, today or datetime.now(UTC))
+        tag = _tag(client, repository, built.digest, today or datetime.now(UTC))
         if tag.new:
-            last.put_manifest(repository, tag.name, store.path(built.digest).read_bytes())
-            if last.tagged(repository, tag.name) != built.digest:
+            client.put_manifest(repository, tag.name, store.path(built.digest).read_bytes())
+            if client.tagged(repository, tag.name) != built.digest:
                 raise DrydockError(
                     f"{registry.host}/{repository}:{tag.name} was taken by somebody else at the same time: push again"
                 )
@@ -240,21 +244,15 @@ def pull(
     if recorded is None:
         raise DrydockError(f"lock/images.toml records no digest of {name}: build it, or ask who publishes it")
     digest = str(recorded["digest"]).removeprefix("sha256:")
-    crew = Crew("pull")
-    with Progress("pull", 0, stream) as progress, ExitStack() as stack:
-        clients = [
-            stack.enter_context(_client(place, environ, patience, crew.stop, progress.note))
-            for place in places
-        ]
-        taker = _Taker(store, name, clients, progress)
+    source = source_of(name, places)
+    with (
+        Progress("pull", 0, stream) as progress,
+        _Taker(store, source, environ, progress, patience) as taker,
+    ):
         built, manifest = taker.image(digest)
         layers = {layer.digest: layer.size for layer in built.layers}
         missing = {blob: size for blob, size in layers.items() if not store.has(blob, size)}
-        _check_room(store, missing)
-        progress.expect(progress.seen + sum(missing.values()))
-        crew.run(
-            sorted(missing, key=lambda blob: -missing[blob]), lambda blob: taker.take(blob, missing[blob])
-        )
+        taker.all(missing)
     store.put(manifest)
     record_image(store, built)
     return built, Pulled(
@@ -270,9 +268,8 @@ def pull(
 
 def take_blobs(
     store: Store,
-    name: str,
+    source: Source,
     wanted: Mapping[str, int],
-    places: Sequence[Registry],
     environ: Mapping[str, str],
     *,
     stream: TextIO | None = None,
@@ -284,85 +281,103 @@ def take_blobs(
         OutOfSpace: they do not fit on the store's disk.
         DrydockError: one is not to be had.
     """
-    crew = Crew("pull")
-    _check_room(store, wanted)
-    with Progress(f"pull {name}", sum(wanted.values()), stream) as progress, ExitStack() as stack:
-        clients = [
-            stack.enter_context(_client(place, environ, patience, crew.stop, progress.note))
-            for place in places
-        ]
-        taker = _Taker(store, name, clients, progress)
-        crew.run(sorted(wanted, key=lambda blob: -wanted[blob]), lambda blob: taker.take(blob, wanted[blob]))
+    with (
+        Progress(f"pull {source.repository}", 0, stream) as progress,
+        _Taker(store, source, environ, progress, patience) as taker,
+    ):
+        taker.all(wanted)
 
 
 class _Taker:
     """Takes blobs from the first registry that has them as their digest says."""
 
-    def __init__(self, store: Store, name: str, clients: Sequence[Client], progress: Progress) -> None:
+    def __init__(
+        self,
+        store: Store,
+        source: Source,
+        environ: Mapping[str, str],
+        progress: Progress,
+        patience: Patience | None,
+    ) -> None:
         self.store = store
-        self.name = name
-        self.clients = clients
+        self.source = source
         self.progress = progress
         self.sources: list[str] = []
         self.received = self.resumed = 0
         self._guard = threading.Lock()
+        self._crew = Crew("pull")
+        self._open = ExitStack()
+        self._clients = [
+            Client.configured(place, environ, patience, self._crew.stop, progress.note)
+            for place in source.places
+        ]
+
+    def __enter__(self) -> _Taker:
+        for client in self._clients:
+            self._open.enter_context(client)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     def image(self, digest: str) -> tuple[Built, bytes]:
         """The image and its manifest's bytes; its config is in the store then."""
+        name = self.source.repository
+        if self.store.has(digest) and sha256_file(self.store.path(digest)) == digest:
+            return self._read(digest, self.store.path(digest).read_bytes())
 
         def one(client: Client) -> tuple[Built, bytes]:
-            data, kind = client.manifest(client.registry.repository(self.name), digest)
-            manifest = _json(data)
-            if manifest.get("mediaType", kind) != MANIFEST:
-                raise Refused(f"{client.registry} has {manifest.get('mediaType', kind)} under that digest")
-            config = manifest.get("config")
-            if not isinstance(config, dict) or not 0 < int(config.get("size", 0)) <= SMALL:
-                raise Refused(f"sha256:{digest} is no image that drydock wrote")
-            config_digest = str(config.get("digest", "")).removeprefix("sha256:")
-            if not re.fullmatch("[0-9a-f]{64}", config_digest):
-                raise Refused(f"sha256:{digest} is no image that drydock wrote")
-            self.take(config_digest, int(config["size"]))
-            document = _json(self.store.path(config_digest).read_bytes())
-            return read_manifest(self.name, digest, manifest, document), data
+            data, kind = client.manifest(client.registry.repository(name), digest)
+            kind = read_object(data, f"sha256:{digest}").get("mediaType", kind)
+            if kind != MANIFEST:
+                raise Refused(f"{client.registry} has {kind} under that digest")
+            return self._read(digest, data)
 
-        if self.store.has(digest):
-            data = self.store.path(digest).read_bytes()
-            manifest = _json(data)
-            config = str(manifest.get("config", {}).get("digest", "")).removeprefix("sha256:")
-            if sha256(data).hexdigest() == digest and self.store.has(config):
-                return read_manifest(
-                    self.name, digest, manifest, _json(self.store.path(config).read_bytes())
-                ), data
-        return self._first(one, f"sha256:{digest}")
+        return self._first(one, digest)
+
+    def _read(self, digest: str, data: bytes) -> tuple[Built, bytes]:
+        manifest = read_object(data, f"sha256:{digest}")
+        try:
+            config, size = hex_of(manifest["config"]["digest"]), int(manifest["config"]["size"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise Refused(f"sha256:{digest} is no image that drydock wrote ({error!r})") from error
+        if not 0 < size <= LARGEST_CONFIG:
+            raise Refused(f"sha256:{digest} has a config of {size} bytes")
+        self.take(config, size)
+        document = read_object(self.store.path(config).read_bytes(), f"sha256:{config}")
+        return read_manifest(self.source.repository, digest, manifest, document), data
+
+    def all(self, wanted: Mapping[str, int]) -> None:
+        """Bring blobs (hex sha256 -> bytes) into the store, the largest first, several at a time."""
+        needed, free = still_to_come(self.store, wanted), shutil.disk_usage(self.store.root).free
+        if needed > free:
+            raise OutOfSpace(
+                f"{amount(needed)} are to be pulled to {self.store.root} and {amount(free)} are free: free some, or "
+                "set DRYDOCK_STORE to a folder on another disk"
+            )
+        self.progress.expect(self.progress.seen + sum(wanted.values()))
+        self._crew.run(
+            sorted(wanted, key=lambda blob: -wanted[blob]), lambda blob: self.take(blob, wanted[blob])
+        )
 
     def take(self, digest: str, size: int) -> None:
         """Bring one blob into the store."""
         title = digest[:12]
         self.progress.start(title)
-        with self.store.lock(f"fetch-{digest[:16]}"):
-            path = self.store.tmp / f"{digest}.part"
-            if self.store.has(digest, size):
+        with receiving(self.store, digest, size) as part:
+            if part is None:
                 self.progress.advance(size)
             else:
-                part = Part(path, self.store.root)
-                if part.size > size:
-                    part.restart()
+                self.progress.advance(part.size)
                 before = part.size
-                self.progress.advance(before)
-                try:
-                    self._first(
-                        lambda client: client.get_blob(
-                            client.registry.repository(self.name), digest, size, part, self._received
-                        ),
-                        f"sha256:{digest}",
-                    )
-                finally:
-                    part.close()
-                    if part.size == 0 < size:
-                        path.unlink(missing_ok=True)
+                self._first(
+                    lambda client: client.get_blob(
+                        client.registry.repository(self.source.repository), digest, size, part, self._received
+                    ),
+                    digest,
+                )
                 with self._guard:
                     self.resumed += before
-                self.store.adopt(path, digest)
         self.progress.done(title)
 
     def _received(self, by: int) -> None:
@@ -370,61 +385,9 @@ class _Taker:
         with self._guard:
             self.received += max(by, 0)
 
-    def _first(self, ask: Callable[[Client], Answer], what: str) -> Answer:
-        failures: list[DrydockError] = []
-        for client in self.clients:
-            try:
-                answer = ask(client)
-            except OutOfSpace:
-                raise
-            except DrydockError as error:
-                failures.append(error)
-                if isinstance(error, Refused):
-                    self.progress.note(f"refused: {error}")
-            else:
-                with self._guard:
-                    self.sources.append(str(client.registry))
-                return answer
-        said = "; ".join(dict.fromkeys(str(error) for error in failures))
-        if all(isinstance(error, Missing) for error in failures):
-            said += f": push {self.name} there, or set {VARIABLE} to who has it"
-        raise DrydockError(f"{self.name} {what} is not to be had: {said}")
-
-
-def _client(
-    registry: Registry,
-    environ: Mapping[str, str],
-    patience: Patience | None,
-    stop: threading.Event,
-    note: Callable[[str], None],
-) -> Client:
-    return Client(
-        registry,
-        login=credentials(registry.host, environ),
-        tls=read_indexes(environ).tls(),
-        patience=patience,
-        stop=stop,
-        note=note,
-    )
-
-
-def _json(data: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(data)
-    except ValueError:
-        document = None
-    return document if isinstance(document, dict) else {}
-
-
-def _check_room(store: Store, missing: Mapping[str, int]) -> None:
-    parts = {digest: store.tmp / f"{digest}.part" for digest in missing}
-    there = 0
-    for path in parts.values():
-        with suppress(FileNotFoundError):  # another pull may just have completed it
-            there += path.stat().st_size
-    needed, free = sum(missing.values()) - there, shutil.disk_usage(store.root).free
-    if needed > free:
-        raise OutOfSpace(
-            f"{amount(needed)} are to be pulled to {store.root} and {amount(free)} are free: free some, or set "
-            "DRYDOCK_STORE to a folder on another disk"
-        )
+    def _first(self, ask: Callable[[Client], Answer], digest: str) -> Answer:
+        what = f"{self.source.repository} sha256:{digest}"
+        client, answer = first_of(self._clients, ask, what, self.source.remedy, self.progress.note)
+        with self._guard:
+            self.sources.append(str(client.registry))
+        return answer

@@ -18,13 +18,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from drydock.errors import DrydockError
-from drydock.oci import INDEX, MANIFEST
+from drydock.errors import DrydockError, OutOfSpace
+from drydock.indexes import read_indexes
+from drydock.oci import INDEX, MANIFEST, hex_of
 from drydock.store import CHUNK
 from drydock.transfer import (
     CONNECTIONS,
@@ -45,12 +46,20 @@ DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
 ACCEPTED = (MANIFEST, INDEX, DOCKER_MANIFEST, DOCKER_INDEX)
 LARGEST_MANIFEST = 4 << 20
 """Bytes; a registry need not take a larger one, and none is read further."""
+LARGEST_CONFIG = 4 << 20
+"""Bytes: no config of an image is larger, and it is read into memory."""
 MOST_TAGS = 1000
 """Tags of one page; a registry may give fewer and says where to go on."""
 PIECE = 64 << 20
 """Bytes of one request of an upload. Debian's registry forgets all of a request that breaks off."""
+IDENTITY = "<token>"
+"""The user of a login that is an identity token, as Docker's helpers write it: good for tokens, never a password."""
 COMMIT_SECONDS = 1800.0
 """The answer to an upload's end may take as long as the registry's storage takes to copy and hash gigabytes."""
+
+
+Answer = TypeVar("Answer")
+Place = TypeVar("Place")
 
 
 class Registry(NamedTuple):
@@ -108,7 +117,8 @@ def _loopback(host: str) -> bool:
 
 
 def credentials(host: str, environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """User and password for a registry as `docker login` keeps them, in its file or with the helper it names.
+    """User and password for a registry as `docker login` keeps them, in its file or with the helper it names;
+    or `IDENTITY` and the identity token.
 
     Raises:
         DrydockError: the file or the helper's answer cannot be read.
@@ -123,7 +133,7 @@ def credentials(host: str, environ: Mapping[str, str]) -> tuple[str, str] | None
         auths = document.get("auths", {})
         entry = auths.get(host) or auths.get(f"https://{host}") or {}
         if entry.get("identitytoken"):
-            raise _identity_token(host)
+            return IDENTITY, entry["identitytoken"]
         if entry.get("auth"):
             user, _, password = base64.b64decode(entry["auth"], validate=True).decode().partition(":")
             return user, password.strip("\0")
@@ -149,15 +159,7 @@ def _from_helper(helper: str, host: str) -> tuple[str, str] | None:
     if done.returncode:
         return None  # it has none
     answer = json.loads(done.stdout)
-    if answer["Username"] == "<token>":
-        raise _identity_token(host)
     return answer["Username"], answer["Secret"]
-
-
-def _identity_token(host: str) -> DrydockError:
-    return DrydockError(
-        f"the login for {host} is an identity token, which drydock cannot use: log in with a user and an access token"
-    )
 
 
 class Missing(DrydockError):
@@ -210,6 +212,29 @@ class Client:
             headers={"User-Agent": "drydock", "Accept-Encoding": "identity"},
         )
 
+    @classmethod
+    def configured(
+        cls,
+        registry: Registry,
+        environ: Mapping[str, str],
+        patience: Patience | None = None,
+        stop: threading.Event | None = None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> Client:
+        """One with the user's login and certificates.
+
+        Raises:
+            DrydockError: the configuration cannot be read.
+        """
+        return cls(
+            registry,
+            login=credentials(registry.host, environ),
+            tls=read_indexes(environ).tls(),
+            patience=patience,
+            stop=stop,
+            note=note,
+        )
+
     def close(self) -> None:
         """End its connections."""
         self._client.close()
@@ -240,8 +265,7 @@ class Client:
                 return data, response.headers.get("Content-Type", "").partition(";")[0]
 
         data, kind = self._insist(once)
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise Refused(f"{self.registry} serves other bytes for {repository}@sha256:{digest}")
+        self._check(data, repository, digest)
         return data, kind
 
     def tagged(self, repository: str, tag: str) -> str | None:
@@ -254,9 +278,8 @@ class Client:
                 if response.status_code == 404:
                     return None
                 self._expect(response, (200,), f"{repository}:{tag}")
-                if found := _digest(response.headers.get("Docker-Content-Digest", "")):
-                    return found
-            # The header is no duty.
+                with contextlib.suppress(ValueError):  # the header is no duty
+                    return hex_of(response.headers.get("Docker-Content-Digest", "").strip())
             with self._ask("GET", url, pull(repository), headers=headers, follow=True) as response:
                 self._expect(response, (200,), f"{repository}:{tag}")
                 return hashlib.sha256(_small(response, LARGEST_MANIFEST)).hexdigest()
@@ -376,19 +399,18 @@ class Client:
             url = f"{self.registry.url}{repository}/blobs/sha256:{digest}"
             with self._ask("GET", url, pull(repository), follow=True) as response:
                 self._expect(response, (200,), f"{repository}@sha256:{digest}")
-                data = b""
-                for chunk in response.iter_raw():
-                    data += chunk
-                    if len(data) > size:
-                        break
+                data = _small(response, size)
             if len(data) < size:
                 raise Again(f"{self.registry.host} broke off at {len(data)} of {size} bytes")
             return data
 
         data = self._insist(once)
+        self._check(data, repository, digest)
+        return data
+
+    def _check(self, data: bytes, repository: str, digest: str) -> None:
         if hashlib.sha256(data).hexdigest() != digest:
             raise Refused(f"{self.registry} serves other bytes for {repository}@sha256:{digest}")
-        return data
 
     def mount_blob(self, repository: str, digest: str, size: int, sources: Sequence[str]) -> bool:
         """Have a blob of another repository of this registry; whether one has it and it could be mounted."""
@@ -414,22 +436,19 @@ class Client:
         digest: str,
         path: Path,
         *,
-        mount: Sequence[str] = (),
         begun: str | None = None,
         keep: Callable[[str | None], None] = lambda _: None,
         advance: Callable[[int], None] = lambda _: None,
-    ) -> int | None:
-        """Bring a blob there; the bytes that were sent for it, or None where it was mounted.
+    ) -> int:
+        """Bring a blob there; the bytes that were sent for it.
 
         Parameters:
             path: the file of that hex sha256.
-            mount: repositories of the same registry that may hold it already.
             begun: where an earlier run had begun to send it, as `keep` was told.
             keep: is told where the upload goes on if this process ends, and None once there is nothing to go on with.
             advance: is told of bytes that are there, and of lost ones as a negative number.
         """
-        upload = _Upload(self, repository, digest, path, begun, keep, advance)
-        return upload.run(mount)
+        return _Upload(self, repository, digest, path, begun, keep, advance).run()
 
     # One exchange
 
@@ -488,26 +507,28 @@ class Client:
         kind, _, rest = challenge.partition(" ")
         values = dict(re.findall(r'(\w+)="([^"]*)"', rest))
         key = " ".join(scopes)
-        login = base64.b64encode(":".join(self._login).encode()).decode() if self._login else ""
-        if kind.lower() == "basic" and login:
-            self._authorization[key] = f"Basic {login}"
+        if kind.lower() == "basic" and self._login and self._login[0] != IDENTITY:
+            self._authorization[key] = f"Basic {base64.b64encode(':'.join(self._login).encode()).decode()}"
         elif kind.lower() == "bearer" and values.get("realm"):
-            self._authorization[key] = f"Bearer {self._token(values, scopes, login)}"
+            self._authorization[key] = f"Bearer {self._token(values, scopes)}"
         else:
             raise self._denied("asks for a password")
 
-    def _token(self, challenge: Mapping[str, str], scopes: Sequence[str], login: str) -> str:
+    def _token(self, challenge: Mapping[str, str], scopes: Sequence[str]) -> str:
         realm = urljoin(self.registry.url, challenge["realm"])
-        if login and self.registry.scheme == "https" and urlsplit(realm).scheme != "https":
+        if self._login and self.registry.scheme == "https" and urlsplit(realm).scheme != "https":
             raise DrydockError(
                 f"{self.registry.host} wants its password sent to {realm} without TLS: refused"
             )
         service = {"service": challenge["service"]} if "service" in challenge else {}
-        query = httpx.QueryParams({"scope": list(scopes), **service})
-        headers = {"Authorization": f"Basic {login}"} if login else {}
-        response = self._client.get(realm, params=query, headers=headers, follow_redirects=True)
+        if self._login and self._login[0] == IDENTITY:
+            grant = {"grant_type": "refresh_token", "refresh_token": self._login[1], "client_id": "drydock"}
+            response = self._client.post(realm, data={**grant, **service, "scope": " ".join(scopes)})
+        else:
+            query = httpx.QueryParams({"scope": list(scopes), **service})
+            response = self._client.get(realm, params=query, auth=self._login, follow_redirects=True)
         if response.status_code in (401, 403):
-            raise self._denied("gives no token" if login else "gives no token without a password")
+            raise self._denied("gives no token" if self._login else "gives no token without a password")
         self._expect(response, (200,), "a token")
         with contextlib.suppress(ValueError, AttributeError):
             answer = response.json()
@@ -555,6 +576,55 @@ class Client:
             raise failure from error
 
 
+def first_of(
+    places: Sequence[Place],
+    ask: Callable[[Place], Answer],
+    what: str,
+    remedy: str,
+    note: Callable[[str], None] = lambda _: None,
+) -> tuple[Place, Answer]:
+    """The first registry that gives what is asked, and what it gave.
+
+    Parameters:
+        places: registries, or clients of them, in the order in which they are asked.
+        remedy: what to do where none of them has it.
+        note: is told of a registry that serves something else.
+
+    Raises:
+        OutOfSpace: at once, since no other registry would help.
+        DrydockError: none gives it; the line has what each said.
+    """
+    failures: list[DrydockError] = []
+    for place in places:
+        try:
+            return place, ask(place)
+        except OutOfSpace:
+            raise
+        except DrydockError as error:
+            failures.append(error)
+            if isinstance(error, Refused):
+                note(f"refused: {error}")
+    said = "; ".join(dict.fromkeys(str(error) for error in failures))
+    if all(isinstance(error, Missing) for error in failures):
+        said += f": {remedy}"
+    raise DrydockError(f"{what} is not to be had: {said}")
+
+
+def read_object(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON document that a registry or the store gave.
+
+    Raises:
+        Refused: it is none.
+    """
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        raise Refused(f"{what} is not JSON") from error
+    if not isinstance(document, dict):
+        raise Refused(f"{what} is no JSON object")
+    return document
+
+
 class _Closed(Exception):
     """The blob is there: what is gone is only the session that brought it."""
 
@@ -577,8 +647,6 @@ class _Upload:
     asked: bool = False
     """Whether that is all."""
     sent: int = 0
-    scopes: tuple[str, ...] = ()
-    """Those with which the session was opened: a token for them is there."""
     resumed: bool = False
     """Whether the session is an earlier run's."""
 
@@ -586,37 +654,15 @@ class _Upload:
     def what(self) -> str:
         return f"{self.repository}@sha256:{self.digest}"
 
-    def run(self, mount: Sequence[str]) -> int | None:
-        self.scopes = tuple(push(self.repository))
+    @property
+    def scopes(self) -> list[str]:
+        return push(self.repository)
+
+    def run(self) -> int:
         self.resumed = self.location is not None
-        if not self.resumed and self._mounted(mount):
-            return None
         with contextlib.suppress(_Closed):
             self.client._insist(self._go_on, lambda: self.confirmed)
         return self.sent
-
-    def _mounted(self, mount: Sequence[str]) -> bool:
-        """Whether it could be had from another repository there; a failure to do so is not one of the push."""
-        for other in mount:
-            with contextlib.suppress(DrydockError):
-                if self.client.has_blob(other, self.digest, self.path.stat().st_size):
-                    return self.client._insist(lambda other=other: self._mount(other))  # type: ignore[misc]
-        return False
-
-    def _mount(self, other: str) -> bool:
-        url = f"{self.client.registry.url}{self.repository}/blobs/uploads/"
-        query = httpx.QueryParams({"mount": f"sha256:{self.digest}", "from": other})
-        scopes = (*push(self.repository), *pull(other))
-        with self.client._ask("POST", f"{url}?{query}", scopes, content=b"") as response:
-            if response.status_code == 201:
-                self.advance(self.path.stat().st_size)
-                return True
-            # 202: it does not mount, and opened a session to send the blob in.
-            self.client._expect(response, (202,), self.what, writing=True)
-            self.scopes = scopes
-            self._at(response)
-        self.asked = True
-        return False
 
     def _at(self, response: httpx.Response) -> None:
         location = response.headers.get("Location", "")
@@ -628,7 +674,6 @@ class _Upload:
     def _begin(self) -> None:
         """Open a session."""
         url = f"{self.client.registry.url}{self.repository}/blobs/uploads/"
-        self.scopes = tuple(push(self.repository))
         with self.client._ask("POST", url, self.scopes, content=b"") as response:
             self.client._expect(response, (202,), self.what, writing=True)
             self._at(response)
@@ -736,11 +781,6 @@ def _small(response: httpx.Response, most: int) -> bytes:
         if len(data) > most:
             break
     return data
-
-
-def _digest(text: str) -> str | None:
-    found = re.fullmatch(r"sha256:([0-9a-f]{64})", text.strip())
-    return found[1] if found else None
 
 
 def _said(response: httpx.Response) -> str:

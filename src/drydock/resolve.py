@@ -69,7 +69,7 @@ def lock_image(
         requirements=[
             text
             for text in image.engine.requirements
-            if image.vendor is None or canonicalize_name(Requirement(text).name) not in image.vendor.provides
+            if canonicalize_name(Requirement(text).name) not in image.provides
         ],
         keep=keep,
         source_only=list(image.engine.source_builds),
@@ -110,7 +110,7 @@ def _check_given(image: Image, store: Store, indexes: Indexes, packages: Sequenc
         DrydockError: they do not fit, and no override says that this is meant.
     """
     assert image.vendor
-    given = {name: Version(version) for name, version in image.vendor.provides.items()}
+    given = {name: Version(version) for name, version in image.provides.items()}
     wheels = [
         File.model_validate(entry["wheels"][0]).artifact("wheel", str(entry["name"]), str(entry["version"]))
         for entry in packages
@@ -188,7 +188,7 @@ def _compile(
             "".join(f"{name}=={entry.version}\n" for name, entry in engine.overrides.items())
         )
         # What the base holds is not resolved: its versions are given, and `_check_given` says whether they fit.
-        left_out = [*engine.exclusions, *(image.vendor.provides if image.vendor else ())]
+        left_out = [*engine.exclusions, *image.provides]
         (work / "excludes.txt").write_text("".join(f"{name}\n" for name in left_out))
         output = work / "pylock.toml"
         arguments = [

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
-from drydock.definition import MACHINES, Architecture
+from drydock.definition import MACHINES, Architecture, Image
 from drydock.errors import DrydockError
 from drydock.namespaces import USER_ID
 from drydock.oci import Built
@@ -82,6 +82,16 @@ class Runtime(Protocol):
     """A means of running commands in images."""
 
     name: str
+
+    def held(self, name: str, recorded: Mapping[str, Any]) -> Built | None:
+        """The image that `lock/images.toml` records, where the runtime keeps images of its own."""
+
+    def pull(self, image: Image, store: Store, recorded: Mapping[str, Any]) -> Built:
+        """Bring it from the user's registries to where the runtime takes it from.
+
+        Raises:
+            DrydockError: none of them gives exactly that.
+        """
 
     def prepare(self, store: Store, built: Built) -> None:
         """Make the image ready to run, with progress; quick when it is already.

@@ -24,7 +24,7 @@ from drydock.errors import CheckFailed, DrydockError
 from drydock.hardware import device_here, gpus_here, hardware_here
 from drydock.oci import Built, read_image
 from drydock.project import get_artifacts, open_store, project_root
-from drydock.runtime import CHECKOUT, MANIFEST, RESULTS, Task, choose, inside
+from drydock.runtime import CHECKOUT, MANIFEST, RESULTS, Runtime, Task, choose, inside
 from drydock.store import Store
 from drydock.tiers.budgets import session_ceiling
 from drydock.tiers.profiles import kind_of
@@ -319,10 +319,10 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
     cuda = image.definition.accelerator.kind == "cuda"
     _need_gpus(image, record.options)
     store = open_store(root)
-    with record.step("image"):
-        built = _built(image, store, record.options.prebuilt)
-    print(f"{image.name} sha256:{built.digest}, {record.steps[-1]['seconds']:.1f} s", flush=True)
     runtime = choose(record.options.runtime)
+    with record.step("image"):
+        built = _prebuilt(image, store, runtime) if record.options.prebuilt else _built(image, store)
+    print(f"{image.name} sha256:{built.digest}, {record.steps[-1]['seconds']:.1f} s", flush=True)
     with record.step("runtime"):
         have_layers(store, image, built, os.environ)
         runtime.prepare(store, built)
@@ -358,9 +358,35 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
     )
 
 
-def _built(image: Image, store: Store, prebuilt: bool) -> Built:
-    if prebuilt:
+def _prebuilt(image: Image, store: Store, runtime: Runtime) -> Built:
+    """The image that is recorded, from where it is: the runtime, the store or a registry. One that nobody recorded
+    is the store's.
+
+    Raises:
+        DrydockError: it is in none of them.
+    """
+    # As above: an image does not hold what these need.
+    from drydock.publish import VARIABLE as REGISTRIES
+    from drydock.published import read_records
+
+    recorded = read_records(image.root).get(image.name)
+    if recorded is None:
         return read_image(store, image.name, whole=False)
+    if held := runtime.held(image.name, recorded):
+        return held
+    there = store.read_record("images", image.name)
+    if there and f"sha256:{there['digest']}" == recorded["digest"]:
+        return read_image(store, image.name, whole=False)
+    if not os.environ.get(REGISTRIES):
+        holds = f"holds sha256:{there['digest'][:12]}" if there else "holds none"
+        raise DrydockError(
+            f"{image.name} is recorded as {recorded['digest'][:19]} and {store.root} {holds}: set {REGISTRIES} to who "
+            f"has it, or run `drydock build {image.name}`"
+        )
+    return runtime.pull(image, store, recorded)
+
+
+def _built(image: Image, store: Store) -> Built:
     from drydock.build import build
 
     return build(image, store, lambda artifacts: get_artifacts(store, artifacts))[0]
@@ -489,8 +515,9 @@ def main() -> None:
         "--gsm8k-data", type=Path, metavar="FILE", help="GSM8K's test set, JSON lines or parquet"
     )
     parser.add_argument(
-        "--prebuilt", action="store_true", help="take the image that is in the store; never build"
-    )
+        "--prebuilt", action="store_true",
+        help="take the image that lock/images.toml records, from the engine, the store or a registry; never build",
+    )  # fmt: skip
     parser.add_argument(
         "--digest", type=_digest, metavar="sha256:...",
         help="inside an image, which does not know it: what it was pulled by, for the report",

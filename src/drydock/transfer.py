@@ -13,7 +13,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from drydock.indexes import redact
-from drydock.store import CHUNK, disk_errors
+from drydock.store import CHUNK, Store, disk_errors
 
 CONNECTIONS = 8
 LONGEST_WAIT = 60.0
@@ -170,10 +170,47 @@ class Part:
             self._file.close()
 
 
+def still_to_come(store: Store, sizes: Mapping[str, int]) -> int:
+    """Bytes that blobs (hex sha256 -> bytes) lack beside what stopped runs have left of them."""
+    there = 0
+    for digest in sizes:
+        with contextlib.suppress(FileNotFoundError):  # another run may just have completed it
+            there += _part_path(store, digest).stat().st_size
+    return sum(sizes.values()) - there
+
+
+@contextlib.contextmanager
+def receiving(store: Store, digest: str, size: int) -> Iterator[Part | None]:
+    """What there is of a blob, for one process at a time; whole at the end, it is in the store.
+
+    None if the store has it. What is left of it when the block raises is there for the next run.
+    """
+    with store.lock(f"fetch-{digest[:16]}"):
+        path = _part_path(store, digest)
+        if store.has(digest, size):
+            path.unlink(missing_ok=True)
+            yield None
+            return
+        part = Part(path, store.root)
+        try:
+            if part.size > size or (part.size == size and part.digest != digest):
+                part.restart()
+            yield part
+        finally:
+            part.close()
+            if part.size == 0 < size:
+                path.unlink(missing_ok=True)
+        store.adopt(path, digest)
+
+
+def _part_path(store: Store, digest: str) -> Path:
+    return store.tmp / f"{digest}.part"
+
+
 class Crew:
     """Threads that work through a list until it is empty, one of them fails, or the run is interrupted.
 
-    `stop` is set when the run ends for any reason; whoever waits for a server looks at it.
+    `stop` is set when the run ends before its time; whoever waits for a server looks at it.
     """
 
     def __init__(self, name: str) -> None:
@@ -200,8 +237,10 @@ class Crew:
             while any(thread.is_alive() for thread in threads) and not self.stop.is_set():
                 for thread in threads:
                     thread.join(0.05)
-        finally:
+        except BaseException:
             self.stop.set()
+            raise
+        finally:
             deadline = time.monotonic() + 2
             for thread in threads:
                 if thread.ident is not None:

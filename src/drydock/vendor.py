@@ -6,7 +6,6 @@ config says of environment, user and entry point. A build reads nothing else of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any
@@ -15,18 +14,18 @@ from pydantic import Field
 
 from drydock.definition import Architecture, Image, Model, VendorBase
 from drydock.errors import DrydockError
-from drydock.indexes import read_indexes
 from drydock.locks import Sha256, Size, read_sealed, sha256_json, write_lock
-from drydock.oci import CONFIG, INDEX, LAYER, MANIFEST, Built, Layer
-from drydock.publish import take_blobs
+from drydock.oci import CONFIG, INDEX, LAYER, MANIFEST, Built, Layer, hex_of
+from drydock.publish import Source, take_blobs
 from drydock.registry import (
     DOCKER_INDEX,
     DOCKER_MANIFEST,
+    LARGEST_CONFIG,
     Client,
-    Missing,
     Refused,
     Registry,
-    credentials,
+    first_of,
+    read_object,
 )
 from drydock.store import Store
 from drydock.transfer import Patience
@@ -45,7 +44,6 @@ LAYERS = {
 }
 """Media type of a layer as a manifest has it -> as OCI has it. Layers that may not be pushed are not among them."""
 CONFIGS = (CONFIG, "application/vnd.docker.container.image.v1+json")
-LARGEST_CONFIG = 4 << 20
 
 
 class VendorLayer(Model):
@@ -140,6 +138,20 @@ def base_registries(environ: Mapping[str, str]) -> list[Registry]:
     return [Registry.read(text) for text in texts]
 
 
+def vendor_source(image: Image, environ: Mapping[str, str]) -> Source:
+    """Where the base of an image is.
+
+    Raises:
+        DrydockError: as `base_registries`.
+    """
+    assert image.vendor
+    return Source(
+        repository=image.vendor.repository,
+        places=base_registries(environ),
+        remedy=f"set {VARIABLE} to a registry that has it",
+    )
+
+
 def lock_vendor(image: Image, environ: Mapping[str, str], patience: Patience | None = None) -> VendorLock:
     """Read an image's base from the first registry that has it, and write its lock. No layer is downloaded.
 
@@ -148,28 +160,19 @@ def lock_vendor(image: Image, environ: Mapping[str, str], patience: Patience | N
     """
     base = image.vendor
     assert base
-    failures: list[DrydockError] = []
+    source = vendor_source(image, environ)
     with ExitStack() as stack:
-        for place in base_registries(environ):
-            client = stack.enter_context(
-                Client(
-                    place,
-                    login=credentials(place.host, environ),
-                    tls=read_indexes(environ).tls(),
-                    patience=patience,
-                )
-            )
-            try:
-                data = _read(client, place.repository(base.repository), image)
-            except DrydockError as error:
-                failures.append(error)
-                continue
-            write_lock(image.vendor_lock_path, data)
-            return read_vendor_lock(image)
-    said = "; ".join(dict.fromkeys(str(error) for error in failures))
-    if all(isinstance(error, Missing) for error in failures):
-        said += f": set {VARIABLE} to a registry that has it"
-    raise DrydockError(f"{base.repository}@{base.digest} is not to be had: {said}")
+        clients = [
+            stack.enter_context(Client.configured(place, environ, patience)) for place in source.places
+        ]
+        _, data = first_of(
+            clients,
+            lambda client: _read(client, client.registry.repository(base.repository), image),
+            f"{base.repository}@{base.digest}",
+            source.remedy,
+        )
+    write_lock(image.vendor_lock_path, data)
+    return read_vendor_lock(image)
 
 
 def have_layers(
@@ -188,8 +191,7 @@ def have_layers(
     }
     if not missing:
         return
-    assert image.vendor
-    take_blobs(store, image.vendor.repository, missing, base_registries(environ), environ, patience=patience)
+    take_blobs(store, vendor_source(image, environ), missing, environ, patience=patience)
 
 
 def _read(client: Client, repository: str, image: Image) -> dict[str, Any]:
@@ -197,8 +199,8 @@ def _read(client: Client, repository: str, image: Image) -> dict[str, Any]:
     assert base
     architecture = image.definition.architecture
     what = f"{repository}@{base.digest}"
-    digest, manifest = _platform(client, repository, base.digest.removeprefix("sha256:"), architecture)
     try:
+        digest, manifest = _platform(client, repository, hex_of(base.digest), architecture)
         if manifest["config"]["mediaType"] not in CONFIGS:
             raise Refused(f"{what} is no container image: its config is {manifest['config']['mediaType']}")
         config = _config(client, repository, manifest["config"])
@@ -230,7 +232,7 @@ def _platform(
 ) -> tuple[str, dict[str, Any]]:
     """The manifest of our platform behind a digest, which may be an index's; and its own digest."""
     data, kind = client.manifest(repository, digest)
-    document = _object(data, f"{repository}@sha256:{digest}")
+    document = read_object(data, f"{repository}@sha256:{digest}")
     kind = document.get("mediaType", kind)
     if kind in (INDEX, DOCKER_INDEX):
         platforms: dict[str, str] = {}
@@ -243,31 +245,21 @@ def _platform(
             raise Refused(
                 f"{repository}@sha256:{digest} has no image for linux/{architecture}: it has {there}"
             )
-        digest = str(platforms[f"linux/{architecture}"]).removeprefix("sha256:")
+        digest = hex_of(platforms[f"linux/{architecture}"])
         data, kind = client.manifest(repository, digest)
-        document = _object(data, f"{repository}@sha256:{digest}")
+        document = read_object(data, f"{repository}@sha256:{digest}")
         kind = document.get("mediaType", kind)
     if kind not in (MANIFEST, DOCKER_MANIFEST):
         raise Refused(f"{repository}@sha256:{digest} is no image: it is {kind or 'of no media type'}")
     return digest, document
 
 
-def _object(data: bytes, what: str) -> dict[str, Any]:
-    try:
-        document = json.loads(data)
-    except ValueError as error:
-        raise Refused(f"{what} is not JSON") from error
-    if not isinstance(document, dict):
-        raise Refused(f"{what} is no manifest")
-    return document
-
-
 def _config(client: Client, repository: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    digest, size = str(entry["digest"]).removeprefix("sha256:"), int(entry["size"])
+    digest, size = hex_of(entry["digest"]), int(entry["size"])
     if not 0 < size <= LARGEST_CONFIG:
         raise Refused(f"{repository} has a config of {size} bytes")
     data = client.small_blob(repository, digest, size)
-    return _object(data, f"{repository}@sha256:{digest}")
+    return read_object(data, f"{repository}@sha256:{digest}")
 
 
 def _layers(entries: Sequence[Mapping[str, Any]], diff_ids: Sequence[str], what: str) -> list[dict[str, Any]]:
@@ -281,9 +273,9 @@ def _layers(entries: Sequence[Mapping[str, Any]], diff_ids: Sequence[str], what:
             raise Refused(f"{what} has a layer of {entry['mediaType']}, which cannot be mounted or pushed")
         layers.append(
             {
-                "digest": entry["digest"].removeprefix("sha256:"),
+                "digest": hex_of(entry["digest"]),
                 "size": int(entry["size"]),
-                "diff-id": diff_id.removeprefix("sha256:"),
+                "diff-id": hex_of(diff_id),
                 "media-type": LAYERS[entry["mediaType"]],
             }
         )

@@ -22,6 +22,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import docker
+import pytest
 import tomli_w
 import zstandard
 
@@ -205,6 +207,18 @@ def leftovers(store: Store) -> list[str]:
 # Running drydock.
 
 
+def docker_engine() -> docker.DockerClient:
+    """The engine that answers here. Skips where none does, or fails as CI wants."""
+    try:
+        engine = docker.from_env()
+        engine.ping()
+    except (docker.errors.DockerException, OSError) as error:
+        if os.environ.get("DRYDOCK_REQUIRE_DOCKER"):
+            pytest.fail(str(error))
+        pytest.skip(f"not run: {error}")
+    return engine
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run of the command line said; `document` is its one line of JSON."""
@@ -239,7 +253,7 @@ class Outcome:
         assert self.status == 2, (self.status, self.stderr)
         assert lines, "no line on standard error"
         assert lines[-1].startswith("drydock: "), self.stderr
-        others = [line for line in lines[:-1] if not line.startswith(("build ", "fetch: "))]
+        others = [line for line in lines[:-1] if not line.startswith(("build ", "fetch: ", "pull"))]
         assert not others, self.stderr
         return lines[-1]
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import sys
 import tarfile
 import zipfile
@@ -16,12 +17,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import docker
 import pytest
-from mini_image import REPOSITORY, SITE, Outcome, Project, build, drydock, locked, seeded, unpacked
+from mini_image import (
+    REPOSITORY,
+    SITE,
+    Outcome,
+    Project,
+    build,
+    docker_engine,
+    drydock,
+    locked,
+    seeded,
+    unpacked,
+)
 
 sys.path.insert(0, str(REPOSITORY / "tests/unit"))
 
 from debian_registry import debian_registry
+from project import VENDOR_DEFINITION
 from registry_server import RegistryServer
 
 from drydock import locks
@@ -29,39 +43,13 @@ from drydock.definition import Architecture, Image
 from drydock.oci import Built, Layer, canonical, manifest_document, read_image
 from drydock.publish import push
 from drydock.registry import Registry
+from drydock.runtime import runs
 from drydock.store import Store
 from drydock.vendor import GZIP, read_vendor_lock
 from drydock.verify import verify
 
 PLACE = "usr/local/lib/python3.13/dist-packages"
 NAME = "vendor/release"
-
-DEFINITION = """\
-hardware = "{hardware}"
-summary = "over somebody else's image"
-architecture = "{architecture}"
-python = "3.13"
-manylinux = "2_40"
-default-engine = "mini"
-[base]
-kind = "image"
-repository = "{repository}"
-digest = "sha256:{digest}"
-version = "1.2.1"
-python-version = "3.13.5"
-interpreter = "/usr/bin/python3.13"
-site-packages = ["/{place}"]
-[base.provides]
-six = "{six}"
-[accelerator]
-kind = "none"
-[engine.mini]
-summary = "a few wheels"
-distribution = "six"
-requirements = ["click"]
-[engine.mini.environment]
-OURS = "1"
-"""
 
 
 @dataclass(frozen=True)
@@ -132,9 +120,10 @@ def over(root: Path, artifacts: Store, made: Any, architecture: Architecture, ho
     path = project.root / "images/over/image.toml"
     path.parent.mkdir()
     path.write_text(
-        DEFINITION.format(
-            hardware="over", architecture=architecture, repository=NAME, digest=vendor.digest, place=PLACE,
-            six=packages["six"]["version"],
+        VENDOR_DEFINITION.format(
+            hardware="over", architecture=architecture, repository=NAME, digest=f"sha256:{vendor.digest}",
+            site_packages=f"/{PLACE}", provided="six", version=packages["six"]["version"],
+            requirements='["click"]', more='[engine.mini.environment]\nOURS = "1"',
         )
     )  # fmt: skip
     image = project.image("over-mini")
@@ -283,31 +272,32 @@ def test_the_other_architectures_is_built_and_its_tree_is_right(
     assert report.machine == there.image.machine
 
 
+@pytest.mark.parametrize("base", ["tiny", "far"], ids=["this-architecture", "the-other"])
 def test_docker_pulls_it_from_debians_registry_and_it_verifies_there(
-    tmp_path: Path, artifacts: Store, tiny: Any, architecture: Architecture
+    tmp_path: Path, artifacts: Store, base: str, request: pytest.FixtureRequest
 ) -> None:
-    import docker
-
-    try:
-        engine = docker.from_env()
-        engine.ping()
-    except (docker.errors.DockerException, OSError) as error:
-        if os.environ.get("DRYDOCK_REQUIRE_DOCKER"):
-            pytest.fail(str(error))
-        pytest.skip(f"not run: {error}")
+    engine = docker_engine()
+    made = request.getfixturevalue(base)
+    architecture = made.built.architecture
+    if not runs(architecture, platform.machine()):
+        message = f"this kernel has no emulator of {architecture} (qemu-user with binfmt_misc, flag F)"
+        if os.environ.get("DRYDOCK_REQUIRE_EMULATION"):
+            pytest.fail(message)
+        pytest.skip(f"not run: {message}")
     with debian_registry(tmp_path) as host:
-        there = over(tmp_path / "ours", artifacts, tiny, architecture, host)
+        there = over(tmp_path / "ours", artifacts, made, architecture, host)
         assert build(there.project, there.store, name="over-mini").status == 0
         pushed = there.drydock("push", "over-mini", "--json").document
         assert pushed["mounted"] == len({layer.digest for layer in there.vendor.layers})
         name = f"{host}/over-mini@sha256:{pushed['digest']}"
         try:
-            engine.images.pull(name)
+            engine.images.pull(name, platform=f"linux/{architecture}")
             said = engine.containers.run(
                 name,
                 ["python", "-m", "drydock.verify", "--full"],
                 volumes={str(REPOSITORY / "src"): {"bind": "/drydock", "mode": "ro"}},
                 environment={"PYTHONPATH": "/drydock", "PYTHONDONTWRITEBYTECODE": "1"},
+                platform=f"linux/{architecture}",
                 remove=True,
             )
         finally:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import docker
 import pytest
 from conftest import Made
-from mini_image import REPOSITORY, SITE, Outcome, Project, environment, rewrite, twin
+from mini_image import REPOSITORY, SITE, Outcome, Project, docker_engine, environment, rewrite, twin
 
+sys.path.insert(0, str(REPOSITORY / "tests/unit"))
+
+from debian_registry import debian_registry
+
+from drydock.publish import push
+from drydock.published import write_record
+from drydock.registry import Registry
 from drydock.store import Store
 from drydock.unpack import folder, unpack
 
@@ -48,9 +59,9 @@ class Session:
     def surroundings(self) -> dict[str, Any]:
         return {"cwd": self.project.root, "env": environment(self.store)}
 
-    def run(self, *options: str, profile: str = "fast") -> Outcome:
+    def run(self, *options: str, profile: str = "fast", **extra: str) -> Outcome:
         done = subprocess.run(
-            self.command(*options, profile=profile), **self.surroundings,
+            self.command(*options, profile=profile), cwd=self.project.root, env=environment(self.store, **extra),
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         return Outcome(done.returncode, done.stdout, done.stderr)
@@ -268,3 +279,74 @@ def test_the_part_that_needs_no_gpu_of_an_image_for_one(session: Session) -> Non
 
 def test_a_model_that_is_not_there_is_one_line(session: Session) -> None:
     assert "--gsm8k-model: nowhere is not there" in session.run("--gsm8k-model", "nowhere").error
+
+
+# Prebuilt
+
+
+@pytest.fixture
+def published(session: Session, tiny: Made, tmp_path: Path) -> Iterator[str]:
+    """Debian's registry with the image, whose digest the session's checkout records; its own store is empty."""
+    write_record(session.project.root, tiny.built)
+    shutil.rmtree(session.store.root)
+    with debian_registry(tmp_path) as host:
+        push(tiny.store, tiny.built, Registry.read(host), {}, stream=io.StringIO())
+        yield host
+
+
+def blobs(session: Session) -> list[Path]:
+    return list((session.store.root / "blobs/sha256").glob("*"))
+
+
+def test_a_prebuilt_image_is_pulled_by_its_recorded_digest(
+    session: Session, tiny: Made, published: str
+) -> None:
+    outcome = session.run("--prebuilt", DRYDOCK_REGISTRY=published)
+    assert outcome.status == 0, outcome.stderr + outcome.stdout
+    assert session.report()["image"]["digest"] == f"sha256:{tiny.built.digest}"
+    assert session.report()["verification"]["verdict"] == "ok"
+    outcome = session.run("--prebuilt")
+    assert outcome.status == 0, "the second time it is there"
+
+
+def test_docker_pulls_a_prebuilt_image_itself(session: Session, tiny: Made, published: str) -> None:
+    engine = docker_engine()
+    name = f"{published}/tiny-mini@sha256:{tiny.built.digest}"
+    with contextlib.suppress(docker.errors.ImageNotFound):
+        engine.images.remove(tiny.built.reference, force=True)
+    try:
+        options = ("--runtime", "docker", "--prebuilt")
+        outcome = session.run(*options, DRYDOCK_REGISTRY=f"127.0.0.1:1 {published}")
+        assert outcome.status == 0, outcome.stderr + outcome.stdout
+        report = session.report()
+        assert report["runtime"] == "docker"
+        assert report["image"]["digest"] == f"sha256:{tiny.built.digest}"
+        assert report["image"]["config_digest"] == f"sha256:{tiny.built.config_digest}"
+        assert report["verification"]["verdict"] == "ok"
+        assert [tier["outcome"] for tier in report["tiers"]] == ["passed"] * 3
+        outcome = session.run(*options)
+        assert outcome.status == 0, "the second time the engine holds it"
+        assert "pull into docker" not in outcome.stderr
+        assert blobs(session) == []
+    finally:
+        for each in (name, tiny.built.reference):
+            with contextlib.suppress(docker.errors.ImageNotFound):
+                engine.images.remove(each, force=True)
+
+
+@pytest.mark.parametrize("runtime", ["chroot", "docker"])
+def test_a_prebuilt_image_that_is_nowhere_is_one_line(
+    session: Session, tiny: Made, runtime: str, tmp_path: Path
+) -> None:
+    if runtime == "docker":
+        docker_engine()
+    options = ("--runtime", runtime, "--prebuilt")
+    other = replace(tiny.built, digest="0" * 64, config_digest="1" * 64)
+    write_record(session.project.root, other)
+    said = session.run(*options).error
+    assert f"and {session.store.root} holds sha256:{tiny.built.digest[:12]}: set DRYDOCK_REGISTRY" in said
+    with debian_registry(tmp_path) as host:
+        push(tiny.store, tiny.built, Registry.read(host), {}, stream=io.StringIO())
+        said = session.run(*options, DRYDOCK_REGISTRY=host).error
+    assert f"tiny-mini sha256:{'0' * 64} is not to be had" in said
+    assert said.endswith(": push tiny-mini there, or set DRYDOCK_REGISTRY to who has it")

@@ -13,12 +13,12 @@ import base64
 import hashlib
 import json
 import re
-import threading
 import time
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote
+
+from loopback import LoopbackServer
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Request:
     authorization: str | None
 
 
-class IndexServer:
+class IndexServer(LoopbackServer):
     """Serves `/simple/<project>/`, `/files/<file name>` and whatever is in `raw` (path -> bytes).
 
     `ranges` off ignores Range headers; `html` off answers with PEP 691 JSON where it is asked for;
@@ -73,6 +73,7 @@ class IndexServer:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.projects: dict[str, dict[str, bytes]] = {}
         self.raw: dict[str, bytes] = {}
         self.faults: dict[str, list[Fault]] = {}
@@ -83,33 +84,8 @@ class IndexServer:
         self.html = True
         self.credentials: tuple[str, str] | None = None
         self.rate: float | None = None
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                server._answer(self)
-
-            def log_message(self, format: str, *arguments: Any) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self._http.block_on_close = False
-        self._http.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients hang up on purpose
-        self.host = f"127.0.0.1:{self._http.server_address[1]}"
         self.url = f"http://{self.host}"
         self.simple = f"{self.url}/simple"
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
-
-    def __enter__(self) -> IndexServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
 
     def add(self, project: str, filename: str, data: bytes) -> None:
         self.projects.setdefault(project, {})[filename] = data
@@ -118,7 +94,7 @@ class IndexServer:
         """The Range header of each request for that file."""
         return [request.range for request in self.requests if request.path.endswith(f"/{filename}")]
 
-    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
         path = unquote(handler.path)
         name = path.rstrip("/").rpartition("/")[2]
         authorization = handler.headers.get("Authorization")

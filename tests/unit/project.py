@@ -61,3 +61,30 @@ distribution = "alpha"
 requirements = {requirements}
 {more}
 """
+
+VENDOR_DEFINITION = """\
+hardware = "{hardware}"
+summary = "over somebody else's image"
+architecture = "{architecture}"
+python = "3.13"
+manylinux = "2_40"
+default-engine = "mini"
+[base]
+kind = "image"
+repository = "{repository}"
+digest = "{digest}"
+version = "1.2.1"
+python-version = "3.13.5"
+interpreter = "/usr/bin/python3.13"
+site-packages = ["{site_packages}"]
+[base.provides]
+{provided} = "{version}"
+[accelerator]
+kind = "none"
+[engine.mini]
+summary = "a few wheels"
+distribution = "{provided}"
+requirements = {requirements}
+{more}
+"""
+"""An image over a vendor's, which provides one distribution."""

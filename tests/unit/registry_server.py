@@ -9,16 +9,16 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
 import re
 import threading
 import uuid
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
+
+from loopback import LoopbackServer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +59,22 @@ class Request:
     """Bytes of the body that arrived."""
 
 
-class RegistryServer:
-    """`login` asks for that user and password: by `basic`, or for tokens that are good for `lifetime` requests.
+class RegistryServer(LoopbackServer):
+    """`login` asks for that user and password: by `basic`, or for tokens that are good for `lifetime` requests, which
+    `identity` gets too.
 
     `elsewhere` is the address that blobs are redirected to; `page` is how many tags a list has.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytearray] = {}
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.login: tuple[str, str] | None = None
         self.basic = False
+        self.identity = uuid.uuid4().hex
         self.lifetime = 1_000_000
         self.tokens: dict[str, int] = {}
         self.scopes: list[list[str]] = []
@@ -82,34 +85,9 @@ class RegistryServer:
         self.steals = ""
         """An address that what is redirected to asks for a password at."""
         self._guard = threading.Lock()
-        server = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_any(self) -> None:
-                with contextlib.suppress(ConnectionError):
-                    _Exchange(server, self).answer()
-
-            do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = handle_any
-
-            def log_message(self, format: str, *arguments: Any) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self._http.block_on_close = False
-        self._http.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients hang up on purpose
-        self.host = f"127.0.0.1:{self._http.server_address[1]}"
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
-
-    def __enter__(self) -> RegistryServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        _Exchange(self, handler).answer()
 
     def of(self, method: str, path: str = "") -> list[Request]:
         """The requests of a method whose path holds a text."""
@@ -221,14 +199,21 @@ class _Exchange:
 
     def _token(self) -> None:
         assert self.server.login
-        if self.handler.headers.get("Authorization") != _basic(self.server.login):
+        if self.method == "POST":
+            form = {name: values[0] for name, values in parse_qs(self._body().decode()).items()}
+            granted = form["grant_type"] == "refresh_token" and form["refresh_token"] == self.server.identity
+            service, scopes, name = form["service"], form["scope"].split(), "access_token"
+        else:
+            granted = self.handler.headers.get("Authorization") == _basic(self.server.login)
+            service, scopes, name = self.query["service"], self.scopes, "token"
+        if not granted:
             self._send(401)
             return
-        assert self.query["service"] == "drydock-test"
-        self.server.scopes.append(self.scopes)
+        assert service == "drydock-test"
+        self.server.scopes.append(scopes)
         token = uuid.uuid4().hex
         self.server.tokens[token] = self.server.lifetime
-        self._send(200, body=json.dumps({"token": token}).encode())
+        self._send(200, body=json.dumps({name: token}).encode())
 
     # What is there
 

@@ -427,6 +427,7 @@ def test_the_notes_of_a_refresh(checkout: Path, tmp_path: Path, monkeypatch: pyt
         data = tomllib.loads(lock.read_text())
         (moved,) = [package for package in data["packages"] if package["name"] == "aiohttp"]
         old, moved["version"] = moved["version"], "99.1"
+        moved["wheels"][0]["path"] = moved["wheels"][0]["path"].replace(old, "99.1")
         write_lock(lock, data)
     size = tomllib.loads((checkout / "lock/images.toml").read_text())["h100-vllm"]["size"]
     replace(checkout / "lock/images.toml", f"size = {size}\n", "size = 5123000000\n")

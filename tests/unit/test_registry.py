@@ -29,9 +29,9 @@ from drydock.errors import DrydockError, OutOfSpace
 from drydock.oci import INDEX, Built, Layer, canonical, manifest_document, read_image
 from drydock.publish import Pulled, Pushed
 from drydock.published import write_record
-from drydock.registry import Registry, credentials
+from drydock.registry import IDENTITY, Registry, credentials
 from drydock.store import CHUNK, Store
-from drydock.transfer import Patience
+from drydock.transfer import Part, Patience
 
 QUICK = Patience(attempts=4, backoff=0.01, connect=1.0, read=2.0)
 TODAY = datetime(2026, 11, 23, tzinfo=UTC)
@@ -482,7 +482,7 @@ def test_a_disk_that_fills_up_leaves_what_can_be_gone_on_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     send(store, built, server.host)
-    write = publish.Part.write
+    write = Part.write
 
     def full(self: Any, data: bytes) -> None:
         if self.size > CHUNK:
@@ -490,7 +490,7 @@ def test_a_disk_that_fills_up_leaves_what_can_be_gone_on_with(
         write(self, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish.Part, "write", full)
+        patch.setattr(Part, "write", full)
         with pytest.raises(OutOfSpace):
             take(checkout, other, server.host)
     assert other.read_record("images", "cpu-vllm") is None
@@ -554,6 +554,30 @@ def test_expired_tokens_are_replaced(
     is_clean(other)
 
 
+def test_an_identity_token_gets_tokens_and_is_no_password(
+    server: RegistryServer, store: Store, built: Built, checkout: Path, other: Store
+) -> None:
+    server.login = ("ci", SECRET)
+    folder = checkout / "docker"
+    folder.mkdir()
+    environ = {"DOCKER_CONFIG": str(folder), "HOME": str(checkout)}
+
+    def log_in(token: str) -> None:
+        document = {"auths": {server.host: {"auth": "MDA6", "identitytoken": token}}}
+        (folder / "config.json").write_text(json.dumps(document))
+
+    log_in(server.identity)
+    send(store, built, server.host, environ)
+    take(checkout, other, server.host, environ=environ)
+    is_clean(other)
+    assert not any("basic" in request.headers.get("authorization", "").lower() for request in server.requests)
+    log_in("stale")
+    assert "docker login" in refusal(take, checkout, Store(checkout / "third"), server.host, environ=environ)
+    log_in(server.identity)
+    server.basic = True
+    assert "docker login" in refusal(take, checkout, Store(checkout / "third"), server.host, environ=environ)
+
+
 def test_the_password_does_not_follow_a_redirect(
     server: RegistryServer, store: Store, built: Built, checkout: Path, other: Store
 ) -> None:
@@ -596,7 +620,7 @@ def test_dockers_own_logins_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert credentials("registry.example", environ) == ("get", "registry.example")
     token = {"auths": {"registry.example": {"auth": "MDA6", "identitytoken": "x"}}}
     (folder / "config.json").write_text(json.dumps(token))
-    assert "identity token" in refusal(credentials, "registry.example", environ)
+    assert credentials("registry.example", environ) == (IDENTITY, "x")
     (folder / "config.json").write_text(json.dumps({"credHelpers": {"registry.example": "nobody"}}))
     assert "docker-credential-nobody" in refusal(credentials, "registry.example", environ)
     for broken in ("{", "[]", '{"auths": {"registry.example": {"auth": "%%%"}}}'):

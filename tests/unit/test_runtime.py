@@ -23,10 +23,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
 
+from drydock import docker_runtime as docker_runtime_module
 from drydock import oci, runtime, unpack
 from drydock.chroot_runtime import ChrootRuntime
 from drydock.errors import DrydockError
@@ -318,6 +320,7 @@ def test_a_signal_ends_the_command_and_all_it_started(
 HOST_PROGRAM = """
 import sys
 from pathlib import Path
+from typing import Any
 from drydock import oci, runtime
 from drydock.store import Store
 from drydock.errors import DrydockError
@@ -778,6 +781,7 @@ def test_several_unpack_at_once(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
+from typing import Any
 from drydock import oci, unpack
 from drydock.store import Store
 store = Store(Path(sys.argv[1]))
@@ -844,14 +848,52 @@ def test_docker_refuses_a_damaged_layer(docker_runtime: Runtime, tmp_path: Path)
 
 
 def test_docker_leaves_no_container(
-    docker_runtime: Runtime, store: Store, image: Built, task: Callable[..., Task]
+    docker_runtime: Runtime, store: Store, image: Built, tmp_path: Path
 ) -> None:
     import docker
 
-    docker_runtime.prepare(store, image)
-    docker_runtime.run(store, image, task(""))
+    record(store, image)
+    done = subprocess.run(
+        host_command(docker_runtime.name, store, tmp_path, "python3", "-S", "-c", "print('ran')"),
+        capture_output=True, text=True, check=True, env=HOST_ENVIRONMENT,
+    )  # fmt: skip
+    assert done.stdout == "ran\n"
+    assert "is not removed" not in done.stderr
     ours: dict[str, str | list[str] | bool] = {"label": "dev.drydock=run", "ancestor": image.reference}
     assert not docker.from_env().containers.list(all=True, filters=ours)
+
+
+def test_docker_takes_no_container_that_is_being_removed_for_an_orphan(
+    docker_runtime: Runtime,
+    store: Store,
+    image: Built,
+    task: Callable[..., Task],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from docker.api.client import APIClient
+
+    docker_runtime.prepare(store, image)
+    listed = threading.Event()
+    inspect, remove = APIClient.inspect_container, docker_runtime_module._remove
+
+    def later(container: Any) -> None:
+        listed.wait(20)
+        remove(container)
+
+    def late(*arguments: Any) -> Any:
+        """The list is there, and what it names is gone before anybody has looked at it."""
+        listed.set()
+        for thread in threading.enumerate():
+            if thread.name == "removal":
+                thread.join()
+        return inspect(*arguments)
+
+    monkeypatch.setattr(docker_runtime_module, "_remove", later)
+    assert docker_runtime.run(store, image, task("")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(APIClient, "inspect_container", late)
+        docker_runtime._remove_orphans()  # type: ignore[attr-defined]
+    assert listed.is_set()
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])

@@ -11,47 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from project import make_wheel
+from project import VENDOR_DEFINITION, make_wheel
 from registry_server import Fault, RegistryServer, Repository
 
 from drydock import relock
 from drydock.definition import Image
 from drydock.errors import DrydockError
 from drydock.locks import check_pylock, read_pylock
-from drydock.oci import INDEX, LAYER, MANIFEST
+from drydock.oci import INDEX, LAYER, MANIFEST, Built
 from drydock.registry import DOCKER_MANIFEST
 from drydock.store import Store
 from drydock.transfer import Patience
-from drydock.vendor import GZIP, lock_vendor, read_vendor_lock, vendor_layers
+from drydock.vendor import GZIP, have_layers, lock_vendor, read_vendor_lock, vendor_layers
 
 QUICK = Patience(attempts=2, backoff=0.01, connect=1.0, read=2.0)
 REPOSITORY = "vendor/release"
-
-DEFINITION = """\
-hardware = "box"
-summary = "for tests"
-architecture = "{architecture}"
-python = "3.13"
-manylinux = "2_40"
-default-engine = "mini"
-[base]
-kind = "image"
-repository = "{repository}"
-digest = "{digest}"
-version = "1.2.1"
-python-version = "3.13.5"
-interpreter = "/usr/bin/python3.13"
-site-packages = ["/usr/local/lib/python3.13/dist-packages"]
-[base.provides]
-torch = "2.9.1"
-[accelerator]
-kind = "none"
-[engine.mini]
-summary = "made-up packages"
-distribution = "torch"
-requirements = ["alpha", "torch>=2"]
-{more}
-"""
 
 
 def put(repository: Repository, data: bytes) -> str:
@@ -114,8 +88,12 @@ def project(root: Path, digest: str, architecture: str = "amd64", more: str = ""
     (root / "images/box").mkdir(parents=True, exist_ok=True)
     (root / "lock").mkdir(exist_ok=True)
     (root / "images/box/image.toml").write_text(
-        DEFINITION.format(repository=REPOSITORY, digest=digest, architecture=architecture, more=more)
-    )
+        VENDOR_DEFINITION.format(
+            hardware="box", architecture=architecture, repository=REPOSITORY, digest=digest,
+            site_packages="/usr/local/lib/python3.13/dist-packages", provided="torch", version="2.9.1",
+            requirements='["alpha", "torch>=2"]', more=more,
+        )
+    )  # fmt: skip
     return Image.named(root, "box-mini")
 
 
@@ -259,6 +237,19 @@ def test_a_lock_of_another_digest_is_out_of_date(
     text = box.vendor_lock_path.read_text().replace("VENDOR=1", "VENDOR=2")
     box.vendor_lock_path.write_text(text)
     assert "edited by hand" in refusal(read_vendor_lock, box)
+
+
+def test_a_layer_that_no_registry_of_bases_has_names_their_variable(
+    server: RegistryServer, there: Repository, tmp_path: Path
+) -> None:
+    box = project(tmp_path, image(there, CONFIG))
+    layers = vendor_layers(lock_vendor(box, environ(server.host), QUICK))
+    built = Built(
+        name=box.name, architecture="amd64", digest="0" * 64, config_digest="0" * 64, layers=layers, environment={}
+    )  # fmt: skip
+    store = Store(tmp_path / "store")
+    message = refusal(have_layers, store, box, built, environ(server.host), QUICK)
+    assert message.endswith("set DRYDOCK_BASE_REGISTRY to a registry that has it")
 
 
 # What it provides

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections import Counter
 from collections.abc import Iterable
 
@@ -55,6 +56,13 @@ def read_objects(image: Image, loader: Loader) -> tuple[dict[str, ElfObject], li
     return objects, findings, used
 
 
+def _vendors(image: Image) -> set[str]:
+    """Libraries in the distributions of a vendor's base: by name, since its torch has as many objects as we have."""
+    folders = image.manifest.vendor.site_packages if image.manifest.vendor else ()
+    walked = (image.tree.walk(folder) for folder in folders)
+    return {path.rpartition("/")[2] for folder in walked for path in folder if ".so" in path}
+
+
 def check_libraries(image: Image) -> Outcome:
     """Every ELF object is for the image's machine, and every library it needs is somewhere it is looked for.
 
@@ -65,10 +73,7 @@ def check_libraries(image: Image) -> Outcome:
     loader = Loader(image.tree, manifest)
     objects, findings, used = read_objects(image, loader)
     shipped = {elf.soname for path, elf in objects.items() if path.startswith(f"{manifest.prefix}/")}
-    if manifest.vendor:
-        # By name, since a vendor's torch has as many objects as all that is ours.
-        walked = (image.tree.walk(folder) for folder in manifest.vendor.site_packages)
-        shipped |= {path.rpartition("/")[2] for folder in walked for path in folder if ".so" in path}
+    vendors = functools.cache(lambda: _vendors(image))  # walked only where one is missing
     found: Counter[str] = Counter()
     for path, elf in objects.items():
         for name in elf.needed:
@@ -76,7 +81,7 @@ def check_libraries(image: Image) -> Outcome:
                 found["by the loader"] += 1
             elif name in manifest.driver_libraries:
                 found["from the driver"] += 1
-            elif name in shipped:
+            elif name in shipped or name in vendors():
                 found["preloaded"] += 1
             elif patterns := matching(manifest.absent_libraries, name):
                 found["declared absent"] += 1
