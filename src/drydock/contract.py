@@ -467,4 +467,5 @@ def look_up(image: Image, store: Store, against: Iterable[str] = ()) -> Answer:
         name: Wheel(artifact.version, store.path(artifact.sha256)) for name, artifact in artifacts.items()
     }
     used = uses(image.root, image.engine_name)
-    return Answer(uses=len(used), packages=summary(used, wheels), missing=check(used, wheels))
+    missing = check(used, wheels)
+    return Answer(uses=len(used), packages=summary(used, wheels), missing=missing)

@@ -26,6 +26,8 @@ RESULTS = "/results"
 """Where the results folder is in the image."""
 MANIFEST = Path("/usr/share/drydock/manifest.json")
 """What every image of drydock's carries about itself."""
+EMULATORS = Path("/proc/sys/fs/binfmt_misc")
+"""Where the kernel shows what it runs other architectures' programs with."""
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -158,7 +160,7 @@ def runs(architecture: Architecture, machine: str) -> bool:
     wanted = MACHINES[architecture]
     if machine == wanted:
         return True
-    entry = Path("/proc/sys/fs/binfmt_misc") / f"qemu-{wanted}"
+    entry = EMULATORS / f"qemu-{wanted}"
     with contextlib.suppress(OSError):
         for line in entry.read_text().splitlines():
             # F: the kernel opened the emulator when it was registered, so no image needs to hold it.

@@ -18,7 +18,17 @@ from typing import Any
 import docker
 import pytest
 from conftest import Made
-from mini_image import REPOSITORY, SITE, Outcome, Project, docker_engine, environment, rewrite, twin
+from mini_image import (
+    REPOSITORY,
+    SITE,
+    Outcome,
+    Project,
+    copy_tree,
+    docker_engine,
+    environment,
+    rewrite,
+    twin,
+)
 
 sys.path.insert(0, str(REPOSITORY / "tests/unit"))
 
@@ -84,7 +94,10 @@ def session(project: Project, tiny: Made, tmp_path: Path) -> Session:
     (copy.root / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = '--strict-markers'\n")
     (copy.root / "tests").mkdir()
     (copy.root / "tests/budgets.toml").write_text(BUDGETS)
+    unpack(tiny.store, tiny.built.layers)
     made = Session(copy, twin(tmp_path / "store", tiny.store))
+    (made.store.root / "unpacked").mkdir()
+    copy_tree(tiny.store.root / "unpacked", made.store.root / "unpacked")
     for tier in TIERS:
         (copy.root / "tests" / tier).mkdir()
         (copy.root / "tests" / tier / "profile.toml").write_text(PROFILE)
