@@ -315,10 +315,10 @@ def wrong_with(command: str) -> str:
     if words[:2] == ["nox", "-s"]:
         if f"def {words[2]}(session" not in (REPOSITORY / "noxfile.py").read_text():
             return f"no session {words[2]}"
-        asked = [sys.executable, "-m", "drydock.session", "vllm", "fast", "--help"]
-        known = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
         unknown = [
-            word for word in words[3:] if re.match("-[a-z-]", word) and word != "--" and word not in known
+            word
+            for word in words[3:]
+            if re.match("-[a-z-]", word) and word != "--" and word not in session_help()
         ]
         return f"no option {unknown[0]}" if unknown else ""
     if words[0] != "drydock":
@@ -327,7 +327,7 @@ def wrong_with(command: str) -> str:
     name, *rest = words[1:]
     while (commands := getattr(group, "commands", None)) is not None and name in commands:
         group = commands[name]
-        if not hasattr(group, "commands"):
+        if not hasattr(group, "commands") or not rest:
             break
         name, *rest = rest
     else:
