@@ -327,8 +327,10 @@ def wrong_with(command: str) -> str:
     name, *rest = words[1:]
     while (commands := getattr(group, "commands", None)) is not None and name in commands:
         group = commands[name]
-        if not hasattr(group, "commands") or not rest:
+        if not hasattr(group, "commands"):
             break
+        if not rest:
+            return ""  # a text names a group
         name, *rest = rest
     else:
         return "" if name.startswith("--") else f"no command {name}"
