@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import httpx
 
+from drydock import npu_smi
 from drydock.definition import MACHINES, Architecture
 from drydock.errors import DrydockError
-from drydock.hardware import cuda_definition, device_here, gpus_here
+from drydock.hardware import cuda_definition, device_here, gpus_here, npus_here
 from drydock.progress import amount
 from drydock.runtime import runs
 from drydock.store import Store
@@ -149,11 +150,18 @@ def _gpu(root: Path) -> Finding:
 
 
 def _npu() -> Finding:
-    devices = len(list(Path("/dev").glob("davinci[0-9]*")))
-    if not devices:
+    if not npus_here():
         return Finding(what="Ascend NPUs", state="missing", detail="no /dev/davinci device")
+    try:
+        seen = npu_smi.look()
+    except npu_smi.NpuSmiError as error:
+        return Finding(
+            what="Ascend NPUs", state="limited", detail=f"{npus_here()} device files, and {error}",
+            advice="see whether the driver is loaded",
+        )  # fmt: skip
     return Finding(
-        what="Ascend NPUs", state="limited", detail=f"{devices} devices",
+        what="Ascend NPUs", state="limited",
+        detail=f"{len(seen.npus)} x {seen.npus[0].name}, driver {seen.driver}",
         advice="there is no image for them yet",
     )  # fmt: skip
 

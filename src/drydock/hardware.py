@@ -17,6 +17,11 @@ def gpus_here() -> int:
     return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
 
 
+def npus_here() -> int:
+    """How many Ascend NPUs the driver shows on this machine."""
+    return len(list(Path("/dev").glob("davinci[0-9]*")))
+
+
 def hardware_here(root: Path) -> str:
     """The hardware folder under `images/` that fits this machine; `cpu` where there is no accelerator.
 

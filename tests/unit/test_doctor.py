@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import npu_outputs
 import pytest
 from index_server import IndexServer
 
-from drydock import doctor
+from drydock import doctor, npu_smi
 from drydock.doctor import Finding, examine, verdict
 from drydock.errors import DrydockError
 from drydock.store import Store
@@ -87,6 +88,16 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: list[Any], 
     found = look(tmp_path)["NVIDIA GPUs"]
     assert found.state == state
     assert bool(found.advice) is (state != "ok")
+
+
+def test_npus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert look(tmp_path)["Ascend NPUs"].state == "missing"
+    monkeypatch.setattr(doctor, "npus_here", lambda: 2)
+    found = look(tmp_path)["Ascend NPUs"]
+    assert "2 device files, and npu-smi info does not run" in found.detail
+    seen = npu_smi.read(npu_outputs.A3, npu_outputs.A3_NUMBERS)
+    monkeypatch.setattr(npu_smi, "look", lambda: seen)
+    assert look(tmp_path)["Ascend NPUs"].detail == "2 x Ascend910, driver 26.0.rc2"
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any
 
 import fake_server
+import npu_outputs
 import pytest
 from fake_server import Foreign
 
@@ -898,6 +899,65 @@ def test_no_accelerator_means_no_memory_and_one_that_cannot_be_asked_is_an_error
     else:
         with takes(0), pytest.raises(ServerError, match=verdict):
             server.start()
+
+
+NPU_SMI = """#!/bin/sh
+cd {folder}
+[ "$2" = -m ] && exec cat numbers
+echo call >> calls
+[ $(wc -l < calls) = 1 ] && exec cat before
+exec cat after
+"""
+
+
+@pytest.fixture
+def npu_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts an npu-smi on PATH that prints a real A3's tables, and another text after the first call."""
+
+    def replay(after: str) -> None:
+        dev, folder = tmp_path / "dev", tmp_path / "smi"
+        dev.mkdir()
+        folder.mkdir()
+        (dev / "davinci0").touch()
+        for name, text in (("before", npu_outputs.A3), ("after", after), ("numbers", npu_outputs.A3_NUMBERS)):
+            (folder / name).write_text(text)
+        (folder / "npu-smi").write_text(NPU_SMI.format(folder=folder))
+        (folder / "npu-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+        monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(devices, "DEV", dev)
+
+    return replay
+
+
+def test_an_npu_s_memory_is_watched_too(make: Make, npu_smi: Callable[[str], None]) -> None:
+    npu_smi(npu_outputs.A3.replace("3419 /", "3430 /"))
+    with make() as server:
+        pass
+    assert server.memory == {"0.0": {"before": 3419, "after": 3430}, "0.1": {"before": 2874, "after": 2874}}
+
+
+@pytest.mark.parametrize("visible", [None, "1", "0"])
+def test_an_npu_s_memory_that_is_not_given_back_is_an_error(
+    make: Make, npu_smi: Callable[[str], None], visible: str | None
+) -> None:
+    npu_smi(npu_outputs.A3.replace("3419 /", "9419 /"))
+    server = make(
+        memory_timeout=0.1, environment={} if visible is None else {"ASCEND_RT_VISIBLE_DEVICES": visible}
+    )
+    holder = "npu-smi shows there .*: 0.0, 632268, python3.1, 197"
+    refused = pytest.raises(ServerError, match=f"(?s)NPU 0.0 holds 6000 MiB more.*{holder}")
+    with contextlib.nullcontext() if visible == "1" else refused, server:
+        pass
+
+
+def test_npus_that_cannot_be_asked_are_an_error(
+    make: Make, npu_smi: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    npu_smi("")
+    monkeypatch.setenv("PATH", str(tmp_path / "dev"))
+    with takes(0), pytest.raises(ServerError, match=r"has NPUs and .* put the driver's npu-smi on PATH"):
+        make().start()
 
 
 # ------------------------------------------------------------------------------------------- weights again

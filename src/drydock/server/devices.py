@@ -1,7 +1,7 @@
 """The memory of the accelerators that a server uses: where it was, and whether it came back.
 
-CUDA's, through nvidia-smi, which NVIDIA's runtime puts into every container that asks for `utility`. Another kind
-(Ascend's `npu-smi` and ASCEND_RT_VISIBLE_DEVICES) is one more module with `used_mib` and `processes` of its own.
+CUDA's, through nvidia-smi, which NVIDIA's runtime puts into every container that asks for `utility`; Ascend's, through
+the driver's npu-smi.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+from drydock import npu_smi
 from drydock.server.errors import ServerError
 
 DEV = Path("/dev")
@@ -21,12 +23,63 @@ NVIDIA_SMI_SECONDS = 60.0
 """Without persistence mode the driver is loaded anew for each call, on eight GPUs that takes some seconds."""
 
 
+class Kind(NamedTuple):
+    """A kind of accelerator: what one is called, the driver's program, and how that is asked.
+
+    `used` gives MiB in use by device, for those that a process with an environment can use, or None without any;
+    `shown` gives a line for each process on some of them.
+    """
+
+    word: str
+    program: str
+    used: Callable[[Mapping[str, str]], dict[str, int] | None]
+    shown: Callable[[Collection[str]], list[str]]
+
+
+def kind_here() -> Kind:
+    """What this machine has; a GPU's where it has none, which then says so."""
+    return NPUS if list(DEV.glob("davinci[0-9]*")) else GPUS
+
+
 def used_mib(environment: Mapping[str, str]) -> dict[str, int] | None:
-    """UUID -> MiB in use, on the devices that a process with this environment can use; None without any.
+    """Device (a GPU's UUID, an NPU's card and chip, "0.1") -> MiB in use, on those that a process with this environment
+    can use; None without any.
 
     Raises:
         ServerError: there are devices and what they hold cannot be told.
     """
+    return kind_here().used(environment)
+
+
+def wait_returned(before: Mapping[str, int], environment: Mapping[str, str], limit: float) -> dict[str, int]:
+    """Wait until no device holds more than before; what each holds then.
+
+    Raises:
+        ServerError: one still does after `limit` seconds; names it and the processes that the driver shows.
+    """
+    kind = kind_here()
+    deadline = time.monotonic() + limit
+    while True:
+        after = kind.used(environment) or {}
+        held = {device: after[device] - used for device, used in before.items() if device in after}
+        held = {device: more for device, more in held.items() if more > TOLERANCE_MIB}
+        if not held and before.keys() <= after.keys():
+            return after
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
+    parts = [
+        f"{kind.word} {device} holds {more} MiB more than before the start" for device, more in held.items()
+    ]
+    parts += [f"{kind.word} {device} is no longer seen" for device in before if device not in after]
+    raise ServerError(
+        f"the server has ended and {limit:g} s later " + "; ".join(parts) + f"\n  processes that {kind.program} shows"
+        f" there ({kind.word.lower()}, pid, name, MiB): "
+        + ("; ".join(kind.shown(held)) or "none, so the driver itself has not let go of it")
+    )  # fmt: skip
+
+
+def _gpus_used(environment: Mapping[str, str]) -> dict[str, int] | None:
     present = bool(list(DEV.glob("nvidia[0-9]*")))
     if shutil.which("nvidia-smi") is None:
         if present:
@@ -48,30 +101,33 @@ def used_mib(environment: Mapping[str, str]) -> dict[str, int] | None:
     return used or None
 
 
-def wait_returned(before: Mapping[str, int], environment: Mapping[str, str], limit: float) -> dict[str, int]:
-    """Wait until no device holds more than before; what each holds then.
-
-    Raises:
-        ServerError: one still does after `limit` seconds; names it and the processes that the driver shows.
-    """
-    deadline = time.monotonic() + limit
-    while True:
-        after = used_mib(environment) or {}
-        held = {uuid: after[uuid] - used for uuid, used in before.items() if uuid in after}
-        held = {uuid: more for uuid, more in held.items() if more > TOLERANCE_MIB}
-        if not held and before.keys() <= after.keys():
-            return after
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
-    parts = [f"GPU {uuid} holds {more} MiB more than before the start" for uuid, more in held.items()]
-    parts += [f"GPU {uuid} is no longer seen" for uuid in before if uuid not in after]
+def _gpus_shown(devices: Collection[str]) -> list[str]:
     shown = _nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name,used_memory").stdout.splitlines()
-    processes = [line for line in shown if line.partition(",")[0].strip() in held]
-    raise ServerError(
-        f"the server has ended and {limit:g} s later " + "; ".join(parts) + "\n  processes that nvidia-smi shows there"
-        " (gpu, pid, name, MiB): " + ("; ".join(processes) or "none, so the driver itself has not let go of it")
-    )  # fmt: skip
+    return [line for line in shown if line.partition(",")[0].strip() in devices]
+
+
+def _npus_used(environment: Mapping[str, str]) -> dict[str, int] | None:
+    named = environment.get("ASCEND_RT_VISIBLE_DEVICES")
+    visible = None if named is None else {number.strip() for number in named.split(",")}
+    npus = [npu for npu in _npus().npus if visible is None or str(npu.number) in visible]
+    return {npu.place: npu.used_mib for npu in npus} or None
+
+
+def _npus_shown(devices: Collection[str]) -> list[str]:
+    return [
+        f"{process.place}, {process.pid}, {process.name}, {process.mib}"
+        for process in _npus().processes
+        if process.place in devices
+    ]
+
+
+def _npus() -> npu_smi.Seen:
+    try:
+        return npu_smi.look()
+    except npu_smi.NpuSmiError as error:
+        raise ServerError(
+            f"this machine has NPUs and whether a server gives their memory back cannot be told: {error}"
+        ) from error
 
 
 def _nvidia_smi(query: str) -> subprocess.CompletedProcess[str]:
@@ -94,3 +150,7 @@ def _visible(index: str, uuid: str, devices: str | None) -> bool:
         return True
     names = [name.strip() for name in devices.split(",")]
     return any(name == index or (name and uuid.startswith(name)) or name.startswith("MIG-") for name in names)
+
+
+GPUS = Kind("GPU", "nvidia-smi", _gpus_used, _gpus_shown)
+NPUS = Kind("NPU", "npu-smi", _npus_used, _npus_shown)
