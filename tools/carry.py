@@ -94,7 +94,9 @@ class Parts(io.RawIOBase):
         super().close()
 
 
-def pack(image: str, have: Path, out: Path, near: Path | None, size: int, after: list[str]) -> None:
+def pack(
+    image: str, have: Path, out: Path, near: Path | None, size: int, after: list[str], level: int
+) -> None:
     """Write the parts of an image that a target lacks.
 
     Parameters:
@@ -103,6 +105,7 @@ def pack(image: str, have: Path, out: Path, near: Path | None, size: int, after:
         near: a folder with files that the target has too, to make differences against (wheels of another
             Python, unpacked, hold nearly the same libraries).
         size: bytes of a part.
+        level: zstd's.
     """
     import zstandard
 
@@ -120,7 +123,7 @@ def pack(image: str, have: Path, out: Path, near: Path | None, size: int, after:
     roots = sorted({folder(store, layer) for layer in built.layers} - there)
     all_files = hashes([path for root in roots for path in files(root)])
     index: list[dict[str, Any]] = []
-    with Parts(out, size) as parts, zstandard.ZstdCompressor(level=LEVEL, threads=os.cpu_count() or 1).stream_writer(
+    with Parts(out, size) as parts, zstandard.ZstdCompressor(level=level, threads=os.cpu_count() or 1).stream_writer(
         parts, closefd=False
     ) as stream, tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as tar:  # fmt: skip
         for record in ("images", "layers"):
@@ -146,7 +149,7 @@ def pack(image: str, have: Path, out: Path, near: Path | None, size: int, after:
                         index.append({**row, "from": known[digest]})
                     elif member.size >= PATCHED and path.name in sources:
                         source, there = sources[path.name]
-                        patch = _patch(source.read_bytes(), path.read_bytes())
+                        patch = _patch(source.read_bytes(), path.read_bytes(), level)
                         _add(tar, f"patches/{len(index)}", patch)
                         index.append({**row, "from": there, "patch": f"patches/{len(index)}"})
                     else:
@@ -174,12 +177,12 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _patch(source: bytes, target: bytes) -> bytes:
+def _patch(source: bytes, target: bytes, level: int) -> bytes:
     """The target in terms of the source: zstd with the source as its dictionary, as `zstd --patch-from` does."""
     import zstandard
 
     parameters = zstandard.ZstdCompressionParameters.from_level(
-        LEVEL,
+        level,
         window_log=max(len(source), len(target)).bit_length(),
         enable_ldm=True,
         threads=os.cpu_count() or 1,
@@ -266,6 +269,7 @@ def main() -> None:
     make.add_argument("--near", type=Path)
     make.add_argument("--after", action="append", default=[], metavar="IMAGE")
     make.add_argument("--megabytes", type=int, default=60)
+    make.add_argument("--level", type=int, default=LEVEL, help="zstd's: how hard to compress")
     put = commands.add_parser("unpack")
     put.add_argument("store", type=Path)
     put.add_argument("parts", nargs="+", type=Path)
@@ -273,7 +277,8 @@ def main() -> None:
     if options.command == "probe":
         probe(options.folders)
     elif options.command == "pack":
-        pack(options.image, options.have, options.out, options.near, options.megabytes * 10**6, options.after)
+        size = options.megabytes * 10**6
+        pack(options.image, options.have, options.out, options.near, size, options.after, options.level)
     else:
         unpack(options.store, options.parts)
 

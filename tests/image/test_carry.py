@@ -44,7 +44,7 @@ def carry(*arguments: object, cwd: Path, store: Store | Path) -> subprocess.Comp
 def packed(project: Project, tiny: Made, machine: Path, out: Path, *more: str) -> list[Path]:
     have = out.parent / "have.json.gz"
     have.write_bytes(carry("probe", machine, cwd=project.root, store=tiny.store).stdout)
-    arguments = ["pack", "tiny-mini", have, out, "--near", machine, "--megabytes", 20, *more]
+    arguments = ["pack", "tiny-mini", have, out, "--near", machine, "--megabytes", 20, "--level", 1, *more]
     done = carry(*arguments, cwd=project.root, store=tiny.store)
     assert done.returncode == 0, done.stderr.decode()
     return sorted(out.glob("part-*"))
