@@ -496,7 +496,9 @@ class Client:
                 if response.status_code != 401 or not again or not self._ours(str(response.url)):
                     yield response
                     return
-                response.read()
+                # Unread, so that its connection is given up: a registry may close it without having read what was
+                # sent, and what is asked next on it would be lost.
+                response.close()
                 self._authorize(response.headers.get("WWW-Authenticate", ""), scopes)
                 if content is not None and not isinstance(content, bytes):
                     raise Again(f"{self.registry.host} asked for a new token")

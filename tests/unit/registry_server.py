@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 import uuid
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -128,7 +129,10 @@ class _Exchange:
             return
         if not self._allowed():
             self._challenge()
-            # As registries do, without reading what follows.
+            # As registries do, without reading what follows and without saying so; late enough for a client that
+            # trusts the connection to have asked its next question on it.
+            self.handler.wfile.flush()
+            time.sleep(0.02)
             self.handler.close_connection = True
             return
         found = re.fullmatch(r"/v2/(.+?)/(manifests|blobs|tags|uploads|referrers)/(.*)", self.path)
