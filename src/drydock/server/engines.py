@@ -31,6 +31,10 @@ class Engine:
         parser: `module:function` that gets the flags, imports the engine, and returns name -> value of what its
             own parser accepts; where it refuses, it raises SystemExit with the parser's words, or anything else.
         own: the flags that the harness gives after the user's, with {model}, {name}, {host} and {port}.
+        command: what stands before all flags.
+        named_by_folder: it has no flag for the name, takes the model's folder's, and answers under whatever name it is
+            asked by. It is then given a link to the folder, with the name, and `/v1/models` says who it is.
+        shares_port: it sets SO_REUSEADDR, and so has its port beside the socket that holds it.
         loading, loaded: texts of the log, one of which says that the weights begin, or have ended, to load.
         development: environment that opens the endpoints for development.
         reload: loads the weights from the model's folder again, given a function that sends a POST to a path, and
@@ -42,6 +46,9 @@ class Engine:
     module: str
     parser: str
     own: tuple[str, ...]
+    command: tuple[str, ...] = ()
+    named_by_folder: bool = False
+    shares_port: bool = True
     loading: tuple[str, ...]
     loaded: tuple[str, ...]
     development: Mapping[str, str] = field(default_factory=dict)
@@ -49,8 +56,8 @@ class Engine:
     not_reloaded: tuple[str, ...] = ()
 
     def flags(self, flags: Sequence[str], **values: object) -> list[str]:
-        """The user's flags and the harness's own."""
-        return [*flags, *(flag.format(**values) for flag in self.own)]
+        """The engine's command, the user's flags and the harness's own."""
+        return [*self.command, *flags, *(flag.format(**values) for flag in self.own)]
 
     def launch(self, verdict: int, flags: Sequence[str], *, serve: bool) -> list[str]:
         """The command that judges flags, writes the verdict to a handle and, when accepted, serves."""
@@ -202,4 +209,41 @@ SGLANG = Engine(
     loading=("Load weight begin",),
     loaded=("Load weight end",),
     reload=reload_sglang,
+)
+
+
+def parse_trtllm(flags: list[str]) -> dict[str, Any]:
+    """TensorRT-LLM's own verdict: its click command parses them and serves nothing (tensorrt_llm/commands/serve.py, 1.2.1).
+
+    What the file of `--extra_llm_api_options` says is among the values: it replaces flags, and has what no flag is for.
+    """
+    serve = importlib.import_module("tensorrt_llm.commands.serve").serve
+    click = importlib.import_module("click")
+    try:
+        accepted = dict(serve.make_context("trtllm-serve", flags[len(TRTLLM.command) :]).params)
+    except click.ClickException as error:
+        _refuse(error.format_message())
+    if path := accepted["extra_llm_api_options"]:
+        options = importlib.import_module("yaml").safe_load(Path(path).read_text())
+        known = importlib.import_module("tensorrt_llm.llmapi.llm_args").TorchLlmArgs.model_fields
+        if unknown := sorted(options.keys() - known):
+            _refuse(f"{path}: no such option: {unknown[0]}")
+        accepted |= options
+    return accepted
+
+
+TRTLLM = Engine(
+    name="TensorRT-LLM",
+    module="tensorrt_llm.commands.serve",
+    parser="drydock.server.engines:parse_trtllm",
+    command=("serve",),
+    # Of 1.2.1: --served_model_name came with 1.3, and its socket is bound without SO_REUSEADDR before the model loads.
+    own=("{model}", "--host", "{host}", "--port", "{port}"),
+    named_by_folder=True,
+    shares_port=False,
+    loading=("Loading safetensors weights in parallel",),
+    loaded=("Model init total",),
+    # Its server has /update_weights, /release_memory and /resume_memory, and refuses them unless its model runs under
+    # Ray (AsyncLLM), as verl starts it: `trtllm-serve` never does. Weights come through them as CUDA IPC handles.
+    reload=None,
 )

@@ -6,7 +6,9 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,6 +88,7 @@ class Server:
         self._environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **os.environ, **(environment or {})}
         self._before: dict[str, int] | None = None
         self._held: socket.socket | None = None
+        self._link: Path | None = None
         self._log: Log | None = None
         self._kept: Kept | None = None
 
@@ -129,7 +132,11 @@ class Server:
         self._before = devices.used_mib(self._environment)
         self._held = ports.hold()
         self.port = self._held.getsockname()[1]
-        flags = self.engine.flags(self._flags, model=self._folder, name=self.model, host=HOST, port=self.port)
+        if not self.engine.shares_port:
+            # Somebody may take it before the server does, which then ends; what answers is looked at in any case.
+            self._held.close()
+        folder = self._named() if self.engine.named_by_folder else self._folder
+        flags = self.engine.flags(self._flags, model=folder, name=self.model, host=HOST, port=self.port)
         log = self._log = Log(self.log, f"{self.engine.name} {' '.join(flags)}")
         with log.output, Verdict() as verdict:
             self._kept = Kept(
@@ -169,6 +176,7 @@ class Server:
             self._check_port()
             if problem is None:
                 look()
+                self._check_name(min(ATTEMPT_SECONDS, remaining), look)
                 return
             if not isinstance(problem.__cause__, ConnectionRefusedError):
                 last = str(problem).splitlines()[0]
@@ -200,6 +208,22 @@ class Server:
                 f"port {self.port} is answered by another server\n"
                 + (listed(owners(foreign)) or "  of a user whose processes cannot be seen")
             )
+
+    def _named(self) -> Path:
+        """The model's folder under the name that it is served by."""
+        self._link = Path(tempfile.mkdtemp(prefix="drydock-model-")) / self.model
+        self._link.symlink_to(self._folder.resolve())
+        return self._link
+
+    def _check_name(self, timeout: float, meanwhile: Callable[[], None]) -> None:
+        """See that what answers is served by our name, where the answers themselves repeat any that they are asked by."""
+        if not self.engine.named_by_folder:
+            return
+        answer = self._ask("/v1/models", None, timeout, meanwhile)
+        match answer:
+            case {"data": [{"id": name}]} if name == self.model:
+                return
+        raise self._error(f"port {self.port} is answered, but not by this server: {str(answer)[:200]}")
 
     def _error(self, text: str) -> ServerError:
         return ServerError(f"{text}\n{self.tail()}")
@@ -319,6 +343,9 @@ class Server:
             if self._held and (kept is None or kept.closed):
                 self._held.close()
                 self._held = None
+            if self._link and (kept is None or kept.closed):
+                shutil.rmtree(self._link.parent)
+                self._link = None
 
     def _stop(self, kept: Kept) -> dict[int, str]:
         kept.interrupt()
