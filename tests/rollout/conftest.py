@@ -23,12 +23,17 @@ class Launch:
     """How the tier starts the image's engine, whatever the model."""
 
     words: Speech
-    flags: list[str]
+    profile: Mapping[str, Any]
+    files: Path
     environment: dict[str, str]
+
+    def flags(self, dtype: str) -> list[str]:
+        """For a model that is served in this type."""
+        return self.words.flags(self.profile, dtype, self.files)
 
     def server(self, folder: Path, kind: Kind, log: Path, *more: str) -> Server:
         """The engine's server of a model; `more` are flags."""
-        flags = ["--dtype", kind.dtype, *self.flags, *more]
+        flags = [*self.flags(kind.dtype), *more]
         return Server(self.words.engine, folder, flags, log=log, environment=self.environment)
 
 
@@ -69,12 +74,14 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def launch(engine: str, profile: Mapping[str, Any]) -> Launch:
+def launch(engine: str, profile: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Launch:
     words = SPEECHES[engine]
     environment = dict(words.environment)
     if not profile["compile"]:
         environment["TORCH_COMPILE_DISABLE"] = "1"
-    return Launch(words=words, flags=words.flags(profile), environment=environment)
+    return Launch(
+        words=words, profile=profile, files=tmp_path_factory.mktemp("options"), environment=environment
+    )
 
 
 @pytest.fixture(scope="session", params=list(KINDS))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from client import generate, random_prompt
-from speech import Generation, speech
+from speech import Generation, Rows, speech
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny_models
@@ -73,8 +73,8 @@ class Scored:
     """Tokens, and what a server says of them: each prefilled as a prompt, the last ones generated as well."""
 
     tokens: tuple[int, ...]
-    prefilled: tuple[tuple[float, ...], ...]
-    generated: tuple[tuple[float, ...], ...]
+    prefilled: Rows
+    generated: Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def compare(reference: Reference, answers: Sequence[Scored]) -> Agreement:
             if not rows:
                 continue
             last = first + len(rows)
-            gaps.append((torch.tensor(rows, dtype=torch.float64) - expected[first:last]).abs().amax(-1))
+            gaps.append(_off(rows, expected[first:last]))
             ties.append(near[first:last])
             labels += [f"{how} token {place + 1} of {len(answer.tokens)}" for place in range(first, last)]
     gap, tie = torch.cat(gaps), torch.cat(ties)
@@ -141,6 +141,14 @@ def compare(reference: Reference, answers: Sequence[Scored]) -> Agreement:
         near_ties=share,
         beyond=beyond,
     )
+
+
+def _off(rows: Rows, expected: torch.Tensor) -> torch.Tensor:
+    """How far each row lies from the reference's (rows, vocabulary), in the token that is furthest; what an engine does
+    not tell is left out, and a NaN that it tells is not."""
+    told = torch.tensor([[value is not None for value in row] for row in rows])
+    values = torch.tensor([[value or 0.0 for value in row] for row in rows], dtype=torch.float64)
+    return (values - expected).abs().where(told, 0.0).amax(-1)
 
 
 def _swap_experts(model: PreTrainedModel) -> None:
@@ -201,7 +209,7 @@ KINDS = {"dense": DENSE, "moe": MOE}
 
 
 def kind_for(name: str, engine: str) -> Kind:
-    """A model as an engine serves it: SGLang's kernels are for 16 bits, which do not show a hundredth of a weight."""
+    """A model as an engine serves it: all kernels but vLLM's are for 16 bits, which do not show a hundredth of a weight."""
     kind = KINDS[name]
     if engine == "vllm" or kind.dtype != "float32":
         return kind

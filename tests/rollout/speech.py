@@ -1,4 +1,4 @@
-"""What the tier asks of an engine's server, in that engine's own words: vLLM's and SGLang's.
+"""What the tier asks of an engine's server, in that engine's own words: vLLM's, SGLang's and TensorRT-LLM's.
 
 A test asks for a generation, a prefill or the number of steps; each engine has another endpoint, or a log line, for it.
 """
@@ -6,12 +6,17 @@ A test asks for a generation, a prefill or the number of steps; each engine has 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
+from weakref import WeakKeyDictionary
 
-from drydock.server import SGLANG, VLLM, Engine, Server
+from drydock.server import SGLANG, TRTLLM, VLLM, Engine, Server
 from tiny_models import ALPHABET, EXACT
 
 VOCABULARY = 3 + len(ALPHABET)
@@ -27,19 +32,21 @@ class Generation:
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
     text: str
-    log_probs: tuple[tuple[float, ...], ...]
-    """For each of `tokens`, of the whole vocabulary, in nats."""
+    log_probs: Rows
+    """For each of `tokens`."""
     finish_reason: str
     stop_reason: str | int | None
 
 
-Rows = tuple[tuple[float, ...], ...]
+Rows = tuple[tuple[float | None, ...], ...]
+"""Log-probabilities in nats, of the whole vocabulary; None for those that an engine does not tell."""
 
 
 class Speech(Protocol):
     """One engine's words.
 
-    `environment` is its servers'; `names` is what its parser calls a parameter of the profile.
+    `environment` is its servers'; `names` is what its parser calls a parameter of the profile. What an engine has no
+    words for raises NotImplementedError: the tests that ask for it are marked as lacking in it.
     """
 
     engine: Engine
@@ -49,11 +56,21 @@ class Speech(Protocol):
     """The flag for the longest context."""
     over_length: str
     """What a refusal of too long a request says, as a regular expression."""
+    wrong_choice: tuple[str, str]
+    """A flag with a value that is none of its choices."""
     aborts_while_frozen: bool
     """Whether a request whose client left is gone from a frozen server, or when it goes on."""
+    freezes: bool
+    """Whether it can be frozen."""
+    keeps_stop: bool
+    """Whether the tokens of an answer have what stopped it; the text has not."""
+    shortens: bool
+    """Whether an answer that has not as much room as was asked for is shorter, and not refused."""
+    statuses: Mapping[str, int]
+    """What it answers to a malformed request where that differs from the other engines', by the name of the request."""
 
-    def flags(self, profile: Mapping[str, Any]) -> list[str]:
-        """For a server that the tier's tests share; the type is added."""
+    def flags(self, profile: Mapping[str, Any], dtype: str, folder: Path) -> list[str]:
+        """For a server that the tier's tests share; a file that they name goes into the folder."""
 
     def accepted(self, profile: Mapping[str, Any]) -> dict[str, Any]:
         """What its parser must have made of those flags."""
@@ -111,10 +128,16 @@ class VllmSpeech:
     names: ClassVar = {name: name for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens")}
     length = "--max-model-len"
     over_length = r"HTTP 400.*maximum context length"
+    wrong_choice = ("--dtype", "float12")
     aborts_while_frozen = True
+    freezes = True
+    keeps_stop = True
+    shortens = False
+    statuses: ClassVar = {}
 
-    def flags(self, profile: Mapping[str, Any]) -> list[str]:
+    def flags(self, profile: Mapping[str, Any], dtype: str, folder: Path) -> list[str]:  # noqa: ARG002
         return [
+            "--dtype", dtype,
             "--max-model-len", str(profile["max_model_len"]),
             "--max-num-seqs", str(profile["max_num_seqs"]),
             "--max-num-batched-tokens", str(profile["max_num_batched_tokens"]),
@@ -221,11 +244,17 @@ class SglangSpeech:
     }  # fmt: skip
     length = "--context-length"
     over_length = r"HTTP 400.*context length"
+    wrong_choice = ("--dtype", "float12")
     # The scheduler ends an aborted request with its next step.
     aborts_while_frozen = False
+    freezes = True
+    keeps_stop = True
+    shortens = False
+    statuses: ClassVar = {}
 
-    def flags(self, profile: Mapping[str, Any]) -> list[str]:
+    def flags(self, profile: Mapping[str, Any], dtype: str, folder: Path) -> list[str]:  # noqa: ARG002
         return [
+            "--dtype", dtype,
             "--context-length", str(profile["max_model_len"]),
             "--max-running-requests", str(profile["max_num_seqs"]),
             "--chunked-prefill-size", str(profile["max_num_batched_tokens"]),
@@ -329,6 +358,151 @@ _BATCH = re.compile(r"\b(?:Decode|Prefill) batch\b")
 _RUNNING = re.compile(r"\bDecode batch\b.*?#running-req: (\d+)")
 
 
+class TrtllmSpeech:
+    """TensorRT-LLM 1.2.1: OpenAI's API. Its completions have the logits of a prompt and no log-probabilities; its chat
+    takes token ids too, and tells the log-probabilities of the likeliest tokens, which it names by their text.
+
+    Not seen running: read from its source, and held against a fake that was written from it.
+    """
+
+    engine = TRTLLM
+    environment: ClassVar = {"HF_HUB_OFFLINE": "1", **EXACT}
+    names: ClassVar = {
+        "max_model_len": "max_seq_len", "max_num_seqs": "max_batch_size", "max_num_batched_tokens": "max_num_tokens",
+    }  # fmt: skip
+    length = "--max_seq_len"
+    over_length = r"HTTP 400.*(`default_max_tokens`|should not exceed max_num_tokens)"
+    wrong_choice = ("--backend", "float12")
+    aborts_while_frozen = False
+    freezes = False
+    keeps_stop = False
+    shortens = True
+    # It answers under whatever name it is asked by.
+    statuses: ClassVar = {"a model of another name": 200}
+    most_log_probs = 20
+
+    def __init__(self) -> None:
+        self._told: WeakKeyDictionary[Server, Counter[str]] = WeakKeyDictionary()
+
+    def flags(self, profile: Mapping[str, Any], dtype: str, folder: Path) -> list[str]:
+        options = folder / f"trtllm-{dtype}.json"
+        # JSON is YAML too. No flag is for these.
+        options.write_text(
+            json.dumps(
+                {
+                    "dtype": dtype,
+                    "enable_iter_perf_stats": True,
+                    **({} if profile["compile"] else {"cuda_graph_config": None}),
+                }
+            )
+        )
+        return [
+            "--max_seq_len", str(profile["max_model_len"]),
+            "--max_batch_size", str(profile["max_num_seqs"]),
+            "--max_num_tokens", str(profile["max_num_batched_tokens"]),
+            # Without it, no prompt may be longer than a step.
+            "--enable_chunked_prefill",
+            "--kv_cache_free_gpu_memory_fraction", "0.3",
+            "--extra_llm_api_options", str(options),
+        ]  # fmt: skip
+
+    def accepted(self, profile: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "enable_chunked_prefill": True, "enable_iter_perf_stats": True,
+            **({} if profile["compile"] else {"cuda_graph_config": None}),
+        }  # fmt: skip
+
+    def generate(
+        self, server: Server, prompt: Sequence[int], max_tokens: int, *, n: int = 1, seed: int | None = None,
+        **options: Any,
+    ) -> list[Generation]:  # fmt: skip
+        # A parameter that it does not know, and null for one that it does, are refused.
+        answer = server.request(
+            "/v1/chat/completions",
+            {
+                "model": server.model, "messages": [{"role": "user", "content": ""}], "prompt_token_ids": list(prompt),
+                "max_tokens": max_tokens, "n": n, **({} if seed is None else {"seed": seed}),
+                "temperature": 0.0, "ignore_eos": True, "logprobs": True, "top_logprobs": self.most_log_probs, **options,
+            },
+            timeout=LONGEST,
+        )  # fmt: skip
+        assert answer["usage"]["prompt_tokens"] == len(prompt)
+        return [
+            self._generation(prompt, choice)
+            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
+        ]
+
+    def _generation(self, prompt: Sequence[int], choice: Mapping[str, Any]) -> Generation:
+        content = choice["logprobs"]["content"]
+        rows = []
+        for entry in content:
+            told = {_TOKENS[each["token"]]: each["logprob"] for each in entry["top_logprobs"]}
+            assert len(told) >= self.most_log_probs
+            rows.append(tuple(told.get(token) for token in range(VOCABULARY)))
+        return Generation(
+            prompt=tuple(prompt),
+            tokens=tuple(_TOKENS[entry["token"]] for entry in content),
+            text=choice["message"]["content"],
+            log_probs=tuple(rows),
+            finish_reason=choice["finish_reason"],
+            stop_reason=choice["stop_reason"],
+        )
+
+    def prefill(self, server: Server, tokens: Sequence[int]) -> Rows:
+        body = {
+            "model": server.model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0.0,
+            "return_context_logits": True,
+        }  # fmt: skip
+        rows = server.request("/v1/completions", body, timeout=LONGEST)["choices"][0]["context_logits"]
+        assert len(rows) == len(tokens), "of what came from the cache there are no logits"
+        return tuple(_log_softmax(row[:VOCABULARY]) for row in rows[:-1])
+
+    def frozen(self, server: Server) -> contextlib.AbstractContextManager[None]:
+        raise NotImplementedError("trtllm-serve cannot be paused")
+
+    def unanswered(self, server: Server) -> int:
+        raise NotImplementedError("trtllm-serve tells of requests with its iterations only")
+
+    def busy(self, server: Server) -> bool:
+        raise NotImplementedError("trtllm-serve tells of requests with its iterations only")
+
+    def steps(self, server: Server) -> float:
+        return self._iterations(server)["iter"]
+
+    def made(self, server: Server) -> float:
+        raise NotImplementedError("trtllm-serve does not count its tokens")
+
+    def cached(self, server: Server) -> float:
+        return self._iterations(server)["cached"]
+
+    def _iterations(self, server: Server) -> Counter[str]:
+        """What the last iteration said. Each is told once, and none where none was since: the last is kept."""
+        told = self._told.setdefault(server, Counter())
+        for stats in server.request("/metrics"):
+            cache = stats["kvCacheStats"]
+            told["iter"] = stats["iter"]
+            told["cached"] = cache["reusedBlocks"] * cache["tokensPerBlock"]
+        return told
+
+    def sleep_flags(self, cache: int, token: int) -> list[str]:
+        raise NotImplementedError("trtllm-serve keeps its memory")
+
+    def sleep(self, server: Server, *, forget: bool) -> None:
+        raise NotImplementedError("trtllm-serve keeps its memory")
+
+    def wake(self, server: Server, what: Literal["weights", "cache"] | None = None) -> None:
+        raise NotImplementedError("trtllm-serve keeps its memory")
+
+
+_TOKENS = {word: token for token, word in enumerate(("<pad>", "<eos>", "<unk>", *ALPHABET))}
+
+
+def _log_softmax(row: Sequence[float]) -> tuple[float, ...]:
+    top = max(row)
+    total = top + math.log(math.fsum(math.exp(value - top) for value in row))
+    return tuple(value - total for value in row)
+
+
 def _whole_rows(rows: Sequence[Sequence[Sequence[Any]]]) -> Rows:
     """Rows of [log-probability, token, text] in the order of tokens."""
     found = []
@@ -338,7 +512,7 @@ def _whole_rows(rows: Sequence[Sequence[Sequence[Any]]]) -> Rows:
     return tuple(found)
 
 
-SPEECHES: dict[str, Speech] = {"vllm": VllmSpeech(), "sglang": SglangSpeech()}
+SPEECHES: dict[str, Speech] = {"vllm": VllmSpeech(), "sglang": SglangSpeech(), "trtllm": TrtllmSpeech()}
 """The engine's name in an image's -> its words."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,18 +37,22 @@ def test_many_at_once(server: Server, reference: Reference, profile: Mapping[str
     count, new_tokens = profile["concurrent"], profile["new_tokens"]
     prompts = [random_prompt(3 + 7 * number % 90, seed=200 + number) for number in range(count)]
     alone = [generate(server, prompt, new_tokens)[0] for prompt in prompts]
-    before = speech(server).steps(server)
-    with frozen(server):
+    words = speech(server)
+    before = words.steps(server)
+    with frozen(server) if words.freezes else contextlib.nullcontext():
         answers = begin(lambda prompt: generate(server, prompt, new_tokens), prompts)
-        wait_for_load(server, count)
+        if words.freezes:
+            wait_for_load(server, count)
     together = [answer.result()[0] for answer in answers]
-    steps = speech(server).steps(server) - before
+    steps = words.steps(server) - before
 
-    assert steps < count * new_tokens / 2, "they were not computed together"
+    # One that cannot be held until all have come has begun with the first by then.
+    assert steps < count * new_tokens / (2 if words.freezes else 1), "they were not computed together"
     assert [found.prompt for found in together] == prompts
     for generation in together:
         for token, row in zip(generation.tokens, generation.log_probs, strict=True):
-            assert row[token] == max(row), "greedy takes the likeliest token"
+            told = [value for value in row if value is not None]
+            assert row[token] == max(told), "greedy takes the likeliest token"
     agreement = compare(reference, [scored(generation) for generation in together])
     assert agreement.beyond == []
     record("gap", agreement.gap)

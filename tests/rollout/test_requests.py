@@ -18,6 +18,10 @@ pytestmark = pytest.mark.parametrize("served", ["dense"], indirect=True)
 """None of this depends on the model."""
 
 
+@pytest.mark.lacks(
+    "trtllm",
+    "trtllm-serve looks for a client that has left once a second, and cannot be held until then: a tiny model has ended",
+)
 def test_a_request_whose_client_leaves_is_aborted(server: Server, profile: Mapping[str, Any]) -> None:
     """Its samples end unfinished, and requests that come behind it get the answers that they get alone."""
     prompts = [random_prompt(20, seed=500 + number) for number in range(4)]
@@ -73,6 +77,7 @@ REFUSED: dict[str, tuple[bytes | dict[str, Any], int]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_malformed_request_is_refused_and_the_next_one_served(server: Server, name: str) -> None:
     body, expected = REFUSED[name]
+    expected = speech(server).statuses.get(name, expected)
     good = {"model": server.model, "prompt": "1+1=", "max_tokens": 2, "temperature": 0, "ignore_eos": True}
     status, text = post(server, body if isinstance(body, bytes) else json.dumps({**good, **body}).encode())
     assert status == expected, text
@@ -96,8 +101,13 @@ def test_one_token_more_than_the_context_is_refused(
 ) -> None:
     """By the prompt alone, and together with what is to be generated."""
     length = profile["max_model_len"] + prompt_over
-    with pytest.raises(ServerError, match=speech(server).over_length):
-        generate(server, random_prompt(length, seed=601), max_tokens=max(1, 1 - prompt_over))
+    prompt = random_prompt(length, seed=601)
+    if prompt_over < 0 and speech(server).shortens:
+        found = generate(server, prompt, max_tokens=1 - prompt_over)[0]
+        assert (len(found.tokens), found.finish_reason) == (-prompt_over, "length")
+    else:
+        with pytest.raises(ServerError, match=speech(server).over_length):
+            generate(server, prompt, max_tokens=max(1, 1 - prompt_over))
     assert len(generate(server, random_prompt(4, seed=602), max_tokens=2)[0].tokens) == 2
 
 
@@ -113,11 +123,11 @@ def test_generation_stops_at_a_token_or_a_text(server: Server) -> None:
     assert (by_token.finish_reason, by_token.stop_reason) == ("stop", token)
     by_text = generate(server, prompt, max_tokens=12, stop=[text])[0]
     assert (by_text.finish_reason, by_text.stop_reason) == ("stop", text)
+    kept = place + speech(server).keeps_stop
     for stopped in (by_token, by_text):
-        # The tokens have the one that stopped it, the text has not.
-        assert stopped.tokens == free.tokens[: place + 1]
+        assert stopped.tokens == free.tokens[:kept]
         assert stopped.text == free.text[:place]
-        assert stopped.log_probs == free.log_probs[: place + 1]
+        assert stopped.log_probs == free.log_probs[:kept]
 
 
 def test_the_end_token_ends_a_sample(server: Server) -> None:

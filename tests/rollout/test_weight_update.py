@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from client import generate, random_prompt
 from conftest import Served
 from reference import Reference, compare, scored
@@ -21,6 +22,9 @@ def update(server: Server, weights: Path, folder: Path) -> None:
     server.reload_weights()
 
 
+@pytest.mark.lacks(
+    "trtllm", "trtllm-serve reads its weights once: verl gives new ones to a server under Ray, as CUDA IPC handles"
+)
 def test_new_weights_and_back(
     served: Served, reference: Reference, profile: Mapping[str, Any], tmp_path: Path, record: Any
 ) -> None:

@@ -410,7 +410,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         context = None
         if body.get("return_context_logits"):
-            context = [logits(prompt[: end + 1], self.server.weights) for end in range(len(prompt))]
+            first = cached if os.environ.get("FAKE_FAULT") == "logits of the rest" else 0
+            context = [logits(prompt[: end + 1], self.server.weights) for end in range(first, len(prompt))]
         plain = body.get("detokenize", True)
         self.answer(
             {

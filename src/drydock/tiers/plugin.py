@@ -37,6 +37,7 @@ MARKERS = (
     "needs(gpus): fails as missing where there are fewer GPUs",
     "serves: starts the engine's server: needs a GPU in an image that is made for one",
     "engine(name): what it tests is that engine's, so it is not for the image of another",
+    "lacks(engine, reason): that engine does not have what it tests; why",
     "asked(*options): runs only when all of these options of pytest are given",
 )
 
@@ -342,6 +343,11 @@ def _reason(item: pytest.Item) -> str | None:
             raise pytest.UsageError(f"{item.nodeid}: write engine(NAME)")
         if item.config.getoption("engine") not in (None, marker.args[0]):
             reasons.append(f"what it tests is {marker.args[0]}'s")
+    for marker in item.iter_markers("lacks"):
+        if marker.kwargs or len(marker.args) != 2 or not all(isinstance(each, str) for each in marker.args):
+            raise pytest.UsageError(f'{item.nodeid}: write lacks(ENGINE, "what it does not have")')
+        if item.config.getoption("engine") == marker.args[0]:
+            reasons.append(marker.args[1])
     for marker in item.iter_markers("full"):
         if marker.kwargs or len(marker.args) != 1 or not isinstance(marker.args[0], str):
             raise pytest.UsageError(f'{item.nodeid}: write full("why it is not in the fast profile")')
