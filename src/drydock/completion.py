@@ -23,7 +23,7 @@ COMPLETING = "_DRYDOCK_COMPLETE" in os.environ
 def image_names() -> list[str]:
     """The images that are defined."""
     names = []
-    for path in _files("images", "*/image.toml"):
+    for path in _files("images", "*/*.toml"):
         # One that somebody is about to mend hides no other.
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             names += [f"{path.parent.name}-{engine}" for engine in tomllib.loads(path.read_text())["engine"]]
