@@ -453,13 +453,22 @@ def contract(
     answer = look_up(image, open_store(root), against or ())
     missing = answer.missing
     if as_json:
-        _say({"image": image.name, "packages": answer.packages, "missing": missing})
+        _say(
+            {
+                "image": image.name,
+                "packages": answer.packages,
+                "missing": missing,
+                "of_the_base": answer.of_the_base,
+            }
+        )
     else:
         for line in missing:
             print(line)
         each = answer.packages.items()
         looked = ", ".join(f"{name} {found['version']} ({found['uses']})" for name, found in each)
-        print(f"{image.name}: {answer.uses} uses looked up in {looked}: {len(missing) or 'none'} missing")
+        print(
+            f"{image.name}: {answer.uses} uses looked up in {looked}: {len(missing) or 'none'} missing{answer.aside}"
+        )
     if missing:
         raise CheckFailed(f"{image.name}: {len(missing)} of {answer.uses} uses are not there")
 

@@ -3,7 +3,7 @@
 A bump that renames a flag or moves a class is found in seconds, with the line of ours that it breaks, and not after
 an image and a server have been started. Looked up are: Python symbols that are imported, attributes of imported
 modules, engine flags, environment variables and HTTP paths of the engine, and keys of verl's configuration. Not looked
-up: what a call's parameters are called, and attributes of objects.
+up: what a call's parameters are called, attributes of objects, and a package that a vendor's base holds, which is in no wheel.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ Kind = Literal["symbol", "flag", "variable", "path", "key"]
 OURS = ("tests/rollout", "tests/trainer", "tests/eplb", "src/drydock/server")
 PACKAGES = {"verl": "verl", "megatron": "megatron-core", "transfer_queue": "transferqueue"}
 """Import name -> distribution; the engine's own name comes from the image."""
-FLAG = re.compile(r"--[a-z][a-z0-9]*(-[a-z0-9]+)*")
+IMPORTED_AS = {"trtllm": "tensorrt_llm"}
+"""Engine -> its import name, where that is another."""
+FLAG = re.compile(r"--[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 VARIABLE = re.compile(r"(VLLM|SGLANG|VERL)_[A-Z0-9_]+")
 PATH = re.compile(r"/[a-z_]+(/[a-z_]+)*(\\?.*)?")
 GROUPS = (
@@ -76,34 +78,33 @@ class Use:
 
 
 def uses(root: Path, engine: str) -> list[Use]:
-    """Everything the tiers and the server harness use of an engine (its import name), verl and the others.
+    """Everything the tiers and the server harness use of an engine, verl and the others.
 
     Parameters:
         root: the checkout.
+        engine: its name, as images have it.
     """
-    packages = {*PACKAGES, engine}
+    package = IMPORTED_AS.get(engine, engine)
+    packages = {*PACKAGES, package}
     found: set[Use] = set()
     for folder in OURS:
         for path in sorted((root / folder).rglob("*.py")):
             text = path.read_text()
             lines = text.splitlines()
-            reader = _Reader(str(path.relative_to(root)), packages, engine)
-            reader.visit(ast.parse(text))
             of = OWN.search(text)
-            found |= {
-                use
-                for use in reader.found
-                if REFUSED not in lines[use.line - 1]
-                and not (use.package == engine and of is not None and of[1] != engine)
-            }
+            if of is not None and of[1] != engine:
+                continue
+            reader = _Reader(str(path.relative_to(root)), packages, engine, package)
+            reader.visit(ast.parse(text))
+            found |= {use for use in reader.found if REFUSED not in lines[use.line - 1]}
     return sorted(found)
 
 
 class _Reader(ast.NodeVisitor):
     """Collects the uses of one file."""
 
-    def __init__(self, file: str, packages: set[str], engine: str) -> None:
-        self.file, self.packages, self.engine = file, packages, engine
+    def __init__(self, file: str, packages: set[str], engine: str, package: str) -> None:
+        self.file, self.packages, self.engine, self.package = file, packages, engine, package
         self.found: list[Use] = []
         self.in_engine = False
         self.modules: dict[str, str] = {}
@@ -151,7 +152,7 @@ class _Reader(ast.NodeVisitor):
         if _called(node) in ("import_module", "importorskip") and (name := _text(node.args[:1])):
             self._symbol(node, name, "")
         if _called(node) in ("request", "post") and (name := _text(node.args[:1])) and PATH.fullmatch(name):
-            self._use(node, self.engine, "path", name.partition("?")[0])
+            self._use(node, self.package, "path", name.partition("?")[0])
         self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
@@ -175,7 +176,7 @@ class _Reader(ast.NodeVisitor):
             return
         # A file of the harness names programs' options that are no engine's.
         if FLAG.fullmatch(node.value) and (self.in_engine or not self.file.startswith("src/")):
-            self._use(node, self.engine, "flag", node.value)
+            self._use(node, self.package, "flag", node.value)
         elif (found := VARIABLE.fullmatch(node.value)) and found[1].lower() in self.packages:
             self._use(node, found[1].lower(), "variable", node.value)
         elif (found := KEY.fullmatch(node.value)) and (found[1] or found[3]):
@@ -339,6 +340,7 @@ def _top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 FLAG_FILES = {
     "vllm": ("vllm/engine/arg_utils.py", "vllm/entrypoints/openai/cli_args.py", "vllm/entrypoints/utils.py"),
     "sglang": ("sglang/srt/server_args.py",),
+    "trtllm": (),  # in no wheel
 }
 """Where an engine adds its flags to a parser."""
 
@@ -422,7 +424,7 @@ def check(found: Iterable[Use], wheels: Mapping[str, Wheel]) -> list[str]:
 
 def imports_of(engine: str, distribution: str) -> dict[str, str]:
     """Import name -> distribution, for an image with that engine."""
-    return {**PACKAGES, engine: distribution}
+    return {**PACKAGES, IMPORTED_AS.get(engine, engine): distribution}
 
 
 def summary(found: Iterable[Use], wheels: Mapping[str, Wheel]) -> dict[str, Any]:
@@ -435,11 +437,22 @@ def summary(found: Iterable[Use], wheels: Mapping[str, Wheel]) -> dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Of one image: how many uses were looked up, in which versions of which packages, and a line for each missing."""
+    """Of one image: how many uses were looked up, in which versions of which packages, and a line for each missing.
+
+    `of_the_base` are packages of a vendor's base, by their import names, with the uses that were not looked up.
+    """
 
     uses: int
     packages: dict[str, Any]
     missing: list[str]
+    of_the_base: dict[str, int]
+
+    @property
+    def aside(self) -> str:
+        """What was not looked up, as the end of a line; nothing of an image without a vendor's base."""
+        return "".join(
+            f"; not looked up: {name} is the base's ({count} uses)" for name, count in self.of_the_base.items()
+        )
 
 
 def look_up(image: Image, store: Store, against: Iterable[str] = ()) -> Answer:
@@ -466,6 +479,12 @@ def look_up(image: Image, store: Store, against: Iterable[str] = ()) -> Answer:
     wheels = {
         name: Wheel(artifact.version, store.path(artifact.sha256)) for name, artifact in artifacts.items()
     }
-    used = uses(image.root, image.engine_name)
-    missing = check(used, wheels)
-    return Answer(uses=len(used), packages=summary(used, wheels), missing=missing)
+    found = uses(image.root, image.engine_name)
+    given = [name for name, distribution in imports.items() if name not in wheels and distribution in image.provides]
+    used = [use for use in found if use.package not in given]
+    return Answer(
+        uses=len(used),
+        packages=summary(used, wheels),
+        missing=check(used, wheels),
+        of_the_base={name: sum(use.package == name for use in found) for name in given},
+    )

@@ -81,7 +81,7 @@ def _changes(root: Path, store: Store, name: str, base: str) -> list[str]:
 def _contract(image: Image, store: Store) -> str:
     answer = look_up(image, store)
     if not answer.missing:
-        return f"contract: all {answer.uses} uses are there"
+        return f"contract: all {answer.uses} uses are there{answer.aside}"
     listed = "".join(f"\n  - `{line}`" for line in answer.missing)
     return f"**contract: {len(answer.missing)} of {answer.uses} uses are missing**{listed}"
 
