@@ -131,7 +131,14 @@ class _Reader(ast.NodeVisitor):
                 self.modules[alias.asname or alias.name] = f"{module}.{alias.name}"
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        self._of_engine(node.name.rpartition("_")[2], node)
+        if not any(self._left_out(each) for each in node.decorator_list):
+            self._of_engine(node.name.rpartition("_")[2], node)
+
+    def _left_out(self, decorator: ast.expr) -> bool:
+        """Whether a mark says that a test is not for this engine: another's, or of what this one lacks."""
+        if not isinstance(decorator, ast.Call) or _called(decorator) not in ("engine", "lacks"):
+            return False
+        return (_text(decorator.args[:1]) == self.engine) is (_called(decorator) == "lacks")
 
     def visit_Assign(self, node: ast.Assign) -> None:
         self._of_engine(node.targets[0].id if isinstance(node.targets[0], ast.Name) else "", node)

@@ -48,7 +48,9 @@ def make_data(path: Path, known: Sequence[Problem]) -> Path:
     return path
 
 
-def overrides(model: Path, data: Path, output: Path, problems: int, profile: Mapping[str, Any]) -> list[str]:
+def overrides(
+    model: Path, data: Path, output: Path, problems: int, profile: Mapping[str, Any], engine: str
+) -> list[str]:
     """verl's configuration of the run: GRPO on one GPU, one batch of all problems a step."""
     samples, steps = profile["samples"], profile["main_ppo_steps"]
     values = {
@@ -73,10 +75,12 @@ def overrides(model: Path, data: Path, output: Path, problems: int, profile: Map
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": problems * samples,
         "actor_rollout_ref.actor.use_torch_compile": False,
         "actor_rollout_ref.actor.checkpoint.save_contents": "[model,optimizer,extra,hf_model]",
-        "actor_rollout_ref.rollout.name": "vllm",
+        "actor_rollout_ref.rollout.name": engine,
         "actor_rollout_ref.rollout.n": samples,
         "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
         "actor_rollout_ref.rollout.max_model_len": 32,
+        "actor_rollout_ref.rollout.max_num_seqs": profile["main_ppo_max_num_seqs"],
+        "actor_rollout_ref.rollout.max_num_batched_tokens": profile["main_ppo_max_num_batched_tokens"],
         "actor_rollout_ref.rollout.gpu_memory_utilization": 0.3,
         "actor_rollout_ref.rollout.enforce_eager": True,
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": problems * samples,

@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from drydock.contract import Use, Wheel, check, uses
+from drydock.contract import Answer, Use, Wheel, check, uses
 from drydock.errors import DrydockError
 
 ENGINE = {
@@ -141,6 +141,32 @@ def test_an_engine_s_own_class_and_file_are_looked_up_for_it_alone(engine: Wheel
     for text in (f"class VllmWords:\n{body}", f"# contract: vllm\nclass Words:\n{body}"):
         missing = check(used(tmp_path, text.replace("'/nowhere'", "f'/nowhere{self}'")), {"vllm": engine})
         assert sorted(line.rpartition(" ")[2] for line in missing) == ["--no-such", "/nowhere"]
+
+
+def test_a_test_that_is_not_for_the_engine_is_not_looked_up_for_it(engine: Wheel, tmp_path: Path) -> None:
+    body = "def test_it():\n    import vllm.gone\n"
+    for mark in ('engine("sglang")', 'lacks("vllm", "it has none")'):
+        assert check(used(tmp_path, f"@pytest.mark.{mark}\n{body}"), {"vllm": engine}) == []
+    for mark in ('engine("vllm")', 'lacks("sglang", "it has none")'):
+        found = check(used(tmp_path, f"@pytest.mark.{mark}\n{body}"), {"vllm": engine})
+        assert [line.rpartition(" ")[2] for line in found] == ["vllm.gone"]
+
+
+def test_a_package_of_the_base_is_said_to_be_not_looked_up() -> None:
+    answer = Answer(uses=3, packages={}, missing=[], of_the_base={"tensorrt_llm": 26})
+    assert answer.aside == "; not looked up: tensorrt_llm is the base's (26 uses)"
+    assert Answer(uses=3, packages={}, missing=[], of_the_base={}).aside == ""
+
+
+def test_an_engine_that_is_imported_by_another_name_is_found_by_it(tmp_path: Path) -> None:
+    path = tmp_path / "checkout/tests/rollout/test_a.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import tensorrt_llm.llmapi\nflags = ['--max_seq_len']\nclass VllmWords:\n    flag = '--no-such'\n"
+    )
+    assert [(use.package, use.kind, use.name) for use in uses(tmp_path / "checkout", "trtllm")] == [
+        ("tensorrt_llm", "symbol", "tensorrt_llm.llmapi:"), ("tensorrt_llm", "flag", "--max_seq_len"),
+    ]  # fmt: skip
 
 
 CONFIGURATION = {
