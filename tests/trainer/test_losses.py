@@ -11,6 +11,7 @@ import pytest
 import torch
 from batches import Batch, close, hold, tensor
 from oracle import MODES
+from releases import here
 from verl.trainer.ppo import core_algos
 from verl.workers.config import ActorConfig
 
@@ -35,7 +36,7 @@ def actor(low: float, high: float, dual: float, **batch_info: float) -> ActorCon
 def check_aggregation(aggregate: Loss) -> Callable[[Batch], None]:
     def check(batch: Batch) -> None:
         losses, mask = tensor(batch.advantages), tensor(batch.mask)
-        for mode in MODES:
+        for mode in here(MODES):
             expected = oracle.aggregate(batch.advantages, batch.mask, mode)
             close(aggregate(loss_mat=losses, loss_mask=mask, loss_agg_mode=mode), expected)
             # Data parallel: two ranks with half of the sequences each, whose gradients are then averaged.
@@ -60,7 +61,7 @@ def check_ppo(loss: Loss) -> Callable[[Batch], None]:
     def check(batch: Batch) -> None:
         low, high, dual = (batch.draw.uniform(*ends) for ends in ((0.1, 0.4), (0.1, 0.4), (1.2, 4.0)))
         weights = batch.draw.uniform(0.5, 2.0, batch.mask.shape)
-        for mode in MODES:
+        for mode in here(MODES):
             for given in (None, weights):
                 new = tensor(batch.new).requires_grad_()
                 value, _ = loss(
@@ -86,7 +87,7 @@ def check_ppo(loss: Loss) -> Callable[[Batch], None]:
 def check_value(loss: Loss) -> Callable[[Batch], None]:
     def check(batch: Batch) -> None:
         clip = batch.draw.uniform(0.1, 0.8)
-        for mode in MODES:
+        for mode in here(MODES):
             value, _ = loss(
                 vpreds=tensor(batch.new), returns=tensor(batch.advantages), values=tensor(batch.values),
                 response_mask=tensor(batch.mask), cliprange_value=clip, loss_agg_mode=mode,
@@ -114,7 +115,7 @@ def check_kl(penalty: Loss, names: Mapping[str, str] = KL_NAMES) -> Callable[[Ba
 def check_entropy(loss: Loss) -> Callable[[Batch], None]:
     def check(batch: Batch) -> None:
         logits = batch.draw.normal(0, 3, (*batch.mask.shape, 11))
-        for mode in MODES:
+        for mode in here(MODES):
             value = loss(tensor(logits), tensor(batch.mask), mode)
             close(value, oracle.aggregate(oracle.entropy(logits), batch.mask, mode))
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import MODES
+from releases import cases, here
 from verl.trainer.config import AlgoConfig, RolloutCorrectionConfig
 from verl.trainer.ppo import core_algos
 from verl.utils import torch_functional
@@ -80,7 +81,7 @@ def batch() -> SimpleNamespace:
 
 def test_nothing_registered_is_left_out() -> None:
     assert set(core_algos.ADV_ESTIMATOR_REGISTRY) == ESTIMATORS
-    assert set(core_algos.POLICY_LOSS_REGISTRY) == set(FURTHEST)
+    assert set(core_algos.POLICY_LOSS_REGISTRY) == set(here(FURTHEST))
 
 
 def hold_still(batch: SimpleNamespace, name: str, mask: torch.Tensor) -> None:
@@ -164,7 +165,8 @@ def run_loss(
     config = ActorConfig(
         strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1,
         policy_loss=PolicyLossConfig(
-            dro_beta=0.1, clip_cov_ratio=0.1, clip_cov_lb=-10.0, clip_cov_ub=10.0, kl_cov_ratio=0.2,
+            **({"dro_beta": 0.1} if here(["dro"]) else {}),
+            clip_cov_ratio=0.1, clip_cov_lb=-10.0, clip_cov_ub=10.0, kl_cov_ratio=0.2,
             rollout_correction=RolloutCorrectionConfig(bypass_mode=True, rollout_is="token", loss_type="reinforce"),
         ),
     )  # fmt: skip
@@ -179,8 +181,8 @@ def run_loss(
     return loss.detach(), logits.grad, bias.grad
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", sorted(FURTHEST))
+@pytest.mark.parametrize("mode", cases(MODES))
+@pytest.mark.parametrize("name", cases(sorted(FURTHEST)))
 def test_masked_tokens_never_move_a_policy_loss(batch: SimpleNamespace, name: str, mode: str) -> None:
     loss, by_logits, by_bias = run_loss(batch, name, mode, moved=False)
     assert by_bias.abs().max() > 1e-4, "nothing to move"
@@ -191,7 +193,7 @@ def test_masked_tokens_never_move_a_policy_loss(batch: SimpleNamespace, name: st
     assert (other_by_logits[~batch.own] == 0).all()
 
 
-@pytest.mark.parametrize("name", sorted(FURTHEST))
+@pytest.mark.parametrize("name", cases(sorted(FURTHEST)))
 def test_a_loss_that_forgets_its_mask_is_caught(batch: SimpleNamespace, name: str) -> None:
     one = torch.ones_like(batch.mask)
     loss, _, by_bias = run_loss(batch, name, "token-mean", moved=False, mask=one)
@@ -200,7 +202,7 @@ def test_a_loss_that_forgets_its_mask_is_caught(batch: SimpleNamespace, name: st
     assert not torch.equal(other_by_bias, by_bias)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", cases(MODES))
 @pytest.mark.parametrize("name", UNBOUNDED)
 def test_where_the_ratio_has_no_bound_a_masked_token_spoils_the_gradient(
     batch: SimpleNamespace, name: str, mode: str
@@ -231,7 +233,7 @@ def kl_loss(batch: SimpleNamespace, predicted: torch.Tensor, mode: str) -> torch
     return total
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", cases(MODES))
 @pytest.mark.parametrize("loss", [value_loss, entropy_loss, kl_loss])
 def test_masked_tokens_never_move_the_other_losses(
     batch: SimpleNamespace, loss: Callable[[SimpleNamespace, torch.Tensor, str], torch.Tensor], mode: str
@@ -259,7 +261,7 @@ def test_what_is_not_a_number_stays_behind_the_mask_where_verl_says_so(
     for name in ("masked_sum", "masked_mean", "masked_var"):
         function = getattr(torch_functional, name)
         assert torch.equal(function(bad, batch.mask), function(batch.advantages, batch.mask)), name
-    for mode in ("token-mean", "token-sum"):
+    for mode in here(("token-mean", "token-sum")):
         results = []
         for losses in (batch.advantages, bad):
             leaf = losses.clone().requires_grad_()
