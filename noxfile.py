@@ -58,3 +58,15 @@ def sglang_fast(session: nox.Session) -> None:
 def sglang_full(session: nox.Session) -> None:
     """The same at the boundaries that fast gives up."""
     session.run(sys.executable, "-m", "drydock.session", "sglang", "full", *session.posargs)
+
+
+@nox.session(tags=["fast"])
+def trtllm_fast(session: nox.Session) -> None:
+    """The rollout and trainer tiers in TensorRT-LLM's image. Without a GPU: `-- --hardware h100 --cpu-part`."""
+    session.run(sys.executable, "-m", "drydock.session", "trtllm", "fast", *session.posargs)
+
+
+@nox.session(tags=["full"])
+def trtllm_full(session: nox.Session) -> None:
+    """The same at the boundaries that fast gives up."""
+    session.run(sys.executable, "-m", "drydock.session", "trtllm", "full", *session.posargs)

@@ -31,6 +31,10 @@ from drydock.tiers.profiles import kind_of
 
 TIERS = ("rollout", "trainer", "eplb")
 """Folders under `tests/`, in the order they run."""
+NOT_OF = {
+    ("trtllm", "eplb"): "TensorRT-LLM plans its experts in compiled code, which no wheel has and no test of ours knows"
+}
+"""Engine and tier -> why the one has not the other."""
 PROFILES = ("fast", "full")
 INPUTS = {"gsm8k_model": "/inputs/gsm8k-model", "gsm8k_data": "/inputs/gsm8k-data"}
 """Option -> where what it names is seen in the image."""
@@ -184,13 +188,18 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
 
 
 def _chosen(options: argparse.Namespace) -> list[str]:
-    return [options.tier] if options.tier else list(TIERS)
+    if why := NOT_OF.get((options.engine, options.tier)):
+        raise DrydockError(f"{options.engine} has no {options.tier} tier: {why}")
+    return [options.tier] if options.tier else [each for each in TIERS if (options.engine, each) not in NOT_OF]
 
 
 def _run(folder: Path, place: Place, record: Record) -> None:
     chosen = _chosen(record.options)
     record.not_run += [
-        {"what": f"the {tier} tier", "reason": f"only {chosen[0]} was asked for (--tier)"}
+        {
+            "what": f"the {tier} tier",
+            "reason": NOT_OF.get((record.options.engine, tier), f"only {chosen[0]} was asked for (--tier)"),
+        }
         for tier in TIERS
         if tier not in chosen
     ]

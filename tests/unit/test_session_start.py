@@ -13,18 +13,34 @@ import pytest
 from project import REPOSITORY
 
 from drydock import session
-from drydock.definition import image_names
+from drydock.definition import Image, image_names
 from drydock.errors import CheckFailed, DrydockError
 
 DIGEST = f"sha256:{'5' * 64}"
 WITH_THE_IMAGES_PACKAGES_ALONE = """
-import importlib.metadata, sys, tomllib
+import importlib.metadata, re, sys, tomllib
 
-locked = {package["name"] for package in tomllib.load(open(sys.argv[1], "rb"))["packages"]}
+def normalized(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+def with_what_it_requires(name):
+    held.add(name)
+    try:
+        lines = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for line in lines:
+        required = normalized(re.match("[A-Za-z0-9._-]+", line)[0])
+        if "extra ==" not in line and required not in held:
+            with_what_it_requires(required)
+
+held = {package["name"] for package in tomllib.load(open(sys.argv[1], "rb"))["packages"]} | {"drydock"}
+for name in sys.argv[2:]:
+    with_what_it_requires(name)
 missing = {
     module
     for module, distributions in importlib.metadata.packages_distributions().items()
-    if not {name.lower().replace("_", "-").replace(".", "-") for name in distributions} & {*locked, "drydock"}
+    if not set(map(normalized, distributions)) & held
 }
 loaded = {name.partition(".")[0] for name in sys.modules}
 
@@ -46,8 +62,11 @@ except ModuleNotFoundError:
 
 @pytest.mark.parametrize("image", image_names(REPOSITORY))
 def test_a_session_starts_with_what_the_image_holds(image: str) -> None:
-    """Of drydock's own dependencies, an image holds those that the stack needs too."""
-    command = [sys.executable, "-c", WITH_THE_IMAGES_PACKAGES_ALONE, REPOSITORY / f"lock/pylock.{image}.toml"]
+    """Of drydock's own dependencies, an image holds those that the stack needs too; a vendor's base some of them, which
+    its definition provides, or leaves out of the lock for that."""
+    found = Image.named(REPOSITORY, image)
+    given = [*found.provides, *found.engine.exclusions] if found.vendor else []
+    command = [sys.executable, "-c", WITH_THE_IMAGES_PACKAGES_ALONE, str(found.pylock_path), *given]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout == "imported\n", done.stderr
 
@@ -93,3 +112,23 @@ def test_a_digest_that_is_none_is_refused(text: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"argument --digest: '{text}' is not sha256: and 64 digits" in done.stderr
+
+
+def test_tensorrt_llm_s_session_has_no_eplb_tier_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert session._chosen(options()) == ["rollout", "trainer", "eplb"]
+    assert session._chosen(options(engine="trtllm")) == ["rollout", "trainer"]
+    with pytest.raises(DrydockError, match="trtllm has no eplb tier: TensorRT-LLM plans its experts"):
+        session._chosen(options(engine="trtllm", tier="eplb"))
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"image": "h100-trtllm", "accelerator": {"kind": "none"}}))
+    monkeypatch.setattr(session, "MANIFEST", manifest)
+    monkeypatch.setattr(session, "inside", lambda: True)
+    (tmp_path / "checkout/src").mkdir(parents=True)
+    with pytest.raises(CheckFailed):
+        session.run_session(tmp_path / "checkout", options(engine="trtllm"))
+    report = json.loads((tmp_path / "checkout/results/trtllm_fast/latest/report.json").read_text())
+    assert {row["what"]: row["reason"].partition(" ")[0] for row in report["not_run"]} == {
+        "the rollout tier": "verification", "the trainer tier": "verification", "the eplb tier": "TensorRT-LLM",
+    }  # fmt: skip
