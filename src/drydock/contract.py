@@ -3,7 +3,7 @@
 A bump that renames a flag or moves a class is found in seconds, with the line of ours that it breaks, and not after
 an image and a server have been started. Looked up are: Python symbols that are imported, attributes of imported
 modules, engine flags, environment variables and HTTP paths of the engine, and keys of verl's configuration. Not looked
-up: what a call's parameters are called, attributes of objects, and a package that a vendor's base holds, which is in no wheel.
+up: what a call's parameters are called, attributes of objects, and a package of a vendor's base, which is in no wheel.
 """
 
 from __future__ import annotations
@@ -458,7 +458,8 @@ class Answer:
     def aside(self) -> str:
         """What was not looked up, as the end of a line; nothing of an image without a vendor's base."""
         return "".join(
-            f"; not looked up: {name} is the base's ({count} uses)" for name, count in self.of_the_base.items()
+            f"; not looked up: {name} is the base's ({count} uses)"
+            for name, count in self.of_the_base.items()
         )
 
 
@@ -487,7 +488,11 @@ def look_up(image: Image, store: Store, against: Iterable[str] = ()) -> Answer:
         name: Wheel(artifact.version, store.path(artifact.sha256)) for name, artifact in artifacts.items()
     }
     found = uses(image.root, image.engine_name)
-    given = [name for name, distribution in imports.items() if name not in wheels and distribution in image.provides]
+    given = [
+        name
+        for name, distribution in imports.items()
+        if name not in wheels and distribution in image.provides
+    ]
     used = [use for use in found if use.package not in given]
     return Answer(
         uses=len(used),

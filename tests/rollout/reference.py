@@ -209,7 +209,7 @@ KINDS = {"dense": DENSE, "moe": MOE}
 
 
 def kind_for(name: str, engine: str) -> Kind:
-    """A model as an engine serves it: all kernels but vLLM's are for 16 bits, which do not show a hundredth of a weight."""
+    """A model as an engine serves it: kernels but vLLM's are for 16 bits, which do not show a hundredth of a weight."""
     kind = KINDS[name]
     if engine == "vllm" or kind.dtype != "float32":
         return kind

@@ -422,7 +422,8 @@ class TrtllmSpeech:
             {
                 "model": server.model, "messages": [{"role": "user", "content": ""}], "prompt_token_ids": list(prompt),
                 "max_tokens": max_tokens, "n": n, **({} if seed is None else {"seed": seed}),
-                "temperature": 0.0, "ignore_eos": True, "logprobs": True, "top_logprobs": self.most_log_probs, **options,
+                "temperature": 0.0, "ignore_eos": True, "logprobs": True, "top_logprobs": self.most_log_probs,
+                **options,
             },
             timeout=LONGEST,
         )  # fmt: skip

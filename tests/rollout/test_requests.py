@@ -20,7 +20,7 @@ pytestmark = pytest.mark.parametrize("served", ["dense"], indirect=True)
 
 @pytest.mark.lacks(
     "trtllm",
-    "trtllm-serve looks for a client that has left once a second, and cannot be held until then: a tiny model has ended",
+    "trtllm-serve looks once a second whether a client has left, by when a tiny model has ended, and cannot be held",
 )
 def test_a_request_whose_client_leaves_is_aborted(server: Server, profile: Mapping[str, Any]) -> None:
     """Its samples end unfinished, and requests that come behind it get the answers that they get alone."""

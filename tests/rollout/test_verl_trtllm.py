@@ -1,6 +1,6 @@
 """verl's adapter to TensorRT-LLM against a server that speaks its API: memory by tags, weights as handles. No GPU.
 
-What verl starts in place of `trtllm-serve` has the same API, and behind it a model under Ray that lets itself be controlled.
+What verl starts in place of `trtllm-serve` has the same API, and behind it a model under Ray, which can be controlled.
 """
 
 # contract: trtllm
@@ -163,7 +163,7 @@ def given_to_the_engine() -> set[str]:
 
 
 def test_what_verl_gives_the_engine_is_found_in_its_source() -> None:
-    assert {"model", "max_seq_len", "kv_cache_config", "orchestrator_type", "load_format"} <= given_to_the_engine()
+    assert {"model", "max_seq_len", "kv_cache_config", "load_format"} <= given_to_the_engine()
 
 
 @pytest.mark.needs(gpus=1)

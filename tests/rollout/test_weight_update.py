@@ -23,7 +23,8 @@ def update(server: Server, weights: Path, folder: Path) -> None:
 
 
 @pytest.mark.lacks(
-    "trtllm", "trtllm-serve reads its weights once: verl gives new ones to a server under Ray, as CUDA IPC handles"
+    "trtllm",
+    "trtllm-serve reads its weights once: verl gives new ones, as IPC handles, to a server under Ray",
 )
 def test_new_weights_and_back(
     served: Served, reference: Reference, profile: Mapping[str, Any], tmp_path: Path, record: Any

@@ -116,7 +116,7 @@ def test_data_is_what_the_model_was_warmed_up_with(config: DictConfig, run: Run)
         assert row["reward_model"]["ground_truth"] == problem.answer
 
 
-@pytest.mark.lacks("trtllm", "verl 0.8.0 renders a prompt in its agent loop, and has nothing that makes its tokens alone")
+@pytest.mark.lacks("trtllm", "verl 0.8.0 makes a prompt's tokens in its agent loop, and nowhere alone")
 def test_a_prompt_has_the_tokens_that_the_model_was_warmed_up_with(config: DictConfig, run: Run) -> None:
     from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 

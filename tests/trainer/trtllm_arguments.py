@@ -1,8 +1,8 @@
 """Lets verl 0.8.0 start a model on TensorRT-LLM 1.2.1: an argument that it gives has another name there.
 
-verl imports this in each of its processes (VERL_USE_EXTERNAL_MODULES). It gives `sleep_config`, None where it cannot make
-one; TensorRT-LLM took that in place of `enable_sleep` in 1.3.0, and refuses an argument that it does not know. Not seen
-running: it is read from both sources. With a base that has `sleep_config` it changes nothing.
+verl imports this in each of its processes (VERL_USE_EXTERNAL_MODULES). It gives `sleep_config`, None where it cannot
+make one; TensorRT-LLM took that in place of `enable_sleep` in 1.3.0, and refuses an argument that it does not know. Not
+seen running: it is read from both sources. With a base that has `sleep_config` it changes nothing.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""A `trtllm-serve` that has no engine behind it: the flags and the HTTP API of TensorRT-LLM 1.2.1, read from its source.
+"""A `trtllm-serve` with no engine behind it: the flags and the HTTP API of TensorRT-LLM 1.2.1, read from its source.
 
 `install` puts it where `tensorrt_llm` is imported from, and the harness starts it by the real one's names. Its language
-model draws logits from the last tokens; its engine makes a step for all requests at a time, as one with in-flight batching
-does. Under FAKE_ASYNC_LLM it is what verl starts in place of `trtllm-serve`, whose model runs under Ray: the only one that
-lets weights and memory be controlled.
+model draws logits from the last tokens; its engine makes a step for all requests at a time, as one with in-flight
+batching does. Under FAKE_ASYNC_LLM it is what verl starts in place of `trtllm-serve`, whose model runs under Ray: the
+only one that lets weights and memory be controlled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -27,8 +28,9 @@ from typing import Any
 
 import click
 import yaml
-from tiny_models import ALPHABET
 
+sys.path.append(str(Path(__file__).parents[1]))
+ALPHABET = importlib.import_module("tiny_models").ALPHABET
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 WORDS = [*SPECIAL, *ALPHABET]
 END = 1
@@ -160,8 +162,9 @@ class Sample:
 
     @property
     def told(self) -> list[int]:
-        """The tokens that an answer has: without a stop token or the tokens of a stop text, but with the model's end."""
-        cut = len(self.stop_reason) if isinstance(self.stop_reason, str) else int(self.stop_reason is not None)
+        """The tokens that an answer has: without a stop token or those of a stop text, but with the model's end."""
+        stop = self.stop_reason
+        cut = len(stop) if isinstance(stop, str) else int(stop is not None)
         return self.tokens[: len(self.tokens) - cut]
 
     @property
@@ -442,7 +445,8 @@ class Handler(BaseHTTPRequestHandler):
                 sent[each.index] += len(new)
                 if new:
                     choice = {"index": each.index, "text": each._text(new), "finish_reason": each.finish}
-                    self.wfile.write(f"data: {json.dumps({'model': body['model'], 'choices': [choice]})}\n\n".encode())
+                    chunk = json.dumps({"model": body["model"], "choices": [choice]})
+                    self.wfile.write(f"data: {chunk}\n\n".encode())
             self.wfile.write(b"data: [DONE]\n\n")
 
     def chat(self, body: dict[str, Any]) -> None:

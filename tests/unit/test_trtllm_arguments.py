@@ -39,7 +39,11 @@ def started(tmp_path: Path, fields: list[str], modules: str) -> subprocess.Compl
     )
     environment = {"PYTHONPATH": f"{tmp_path}:{TRAINER}", "VERL_USE_EXTERNAL_MODULES": modules}
     return subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

@@ -139,7 +139,7 @@ def test_the_file_of_options_is_judged_with_the_flags(serve: Serve, tmp_path: Pa
 
 def test_without_the_engine_the_flags_are_not_refused(tmp_path: Path) -> None:
     server = Server(TRTLLM, tmp_path, FLAGS, log=tmp_path / "server.log")
-    with pytest.raises(ServerError, match="cannot be asked about its flags: .*tensorrt_llm") as error:
+    with pytest.raises(ServerError, match=r"cannot be asked about its flags: .*tensorrt_llm") as error:
         server.start()
     assert not isinstance(error.value, FlagError)
 

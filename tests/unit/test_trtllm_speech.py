@@ -1,7 +1,8 @@
-"""The rollout tier's words for TensorRT-LLM against a server that speaks its API: what is asked, and what is made of it."""
+"""The rollout tier's words for TensorRT-LLM, against a server that speaks its API."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -20,10 +21,10 @@ from drydock.server import TRTLLM, Server, ServerError
 HERE = Path(__file__).parent
 SOURCE = Path(server_package.__file__).parents[2]
 sys.path += [str(HERE.parent / "rollout"), str(HERE.parent)]
-
-import client
-from speech import SPEECHES, VOCABULARY, Generation, speech
-
+client = importlib.import_module("client")
+speech = client.speech
+VOCABULARY: int = client.VOCABULARY
+SPEECHES = importlib.import_module("speech").SPEECHES
 WORDS_OF_IT = SPEECHES["trtllm"]
 PROFILE = {"max_model_len": 96, "max_num_seqs": 8, "max_num_batched_tokens": 24, "compile": False}
 PROMPT = client.random_prompt(40, seed=1)
@@ -53,8 +54,9 @@ def server(serve: Callable[..., Server]) -> Server:
     return serve()
 
 
-def generate(server: Server, prompt: tuple[int, ...] = PROMPT, tokens: int = 6, **options: Any) -> list[Generation]:
-    return client.generate(server, prompt, tokens, **options)
+def generate(server: Server, prompt: tuple[int, ...] = PROMPT, tokens: int = 6, **options: Any) -> list[Any]:
+    generations: list[Any] = client.generate(server, prompt, tokens, **options)
+    return generations
 
 
 def test_the_profile_arrives_in_flags_and_in_the_file(server: Server) -> None:
@@ -77,7 +79,8 @@ def test_a_generation_is_the_model_s_with_its_likeliest_log_probabilities(server
         assert len(told) == 20
         assert told == {place: expected[place] for place in told}
         context.append(token)
-    assert (found.prompt, len(found.tokens), found.finish_reason, found.stop_reason) == (PROMPT, 6, "length", None)
+    assert (found.prompt, len(found.tokens)) == (PROMPT, 6)
+    assert (found.finish_reason, found.stop_reason) == ("length", None)
     assert found.text == "".join(WORDS[token] for token in found.tokens if token > 2)
 
 
@@ -173,7 +176,8 @@ def test_what_1_2_1_does_not_know_is_refused_as_it_refuses_it(server: Server) ->
         status, text = client.post(server, json.dumps({**good, **body}).encode())
         assert (status, bool(json.loads(text))) == (400, True), body
     assert client.post(server, b"\xff{")[0] == 400
-    assert client.post(server, json.dumps(good).encode())[0] == WORDS_OF_IT.statuses["a model of another name"] == 200
+    assert WORDS_OF_IT.statuses == {"a model of another name": 200}
+    assert client.post(server, json.dumps(good).encode())[0] == 200
 
 
 def test_a_client_that_leaves_ends_its_request(server: Server) -> None:

@@ -213,7 +213,7 @@ SGLANG = Engine(
 
 
 def parse_trtllm(flags: list[str]) -> dict[str, Any]:
-    """TensorRT-LLM's own verdict: its click command parses them and serves nothing (tensorrt_llm/commands/serve.py, 1.2.1).
+    """TensorRT-LLM's own verdict: its click command parses them, and serves nothing (commands/serve.py of 1.2.1).
 
     What the file of `--extra_llm_api_options` says is among the values: it replaces flags, and has what no flag is for.
     """

@@ -216,7 +216,7 @@ class Server:
         return self._link
 
     def _check_name(self, timeout: float, meanwhile: Callable[[], None]) -> None:
-        """See that what answers is served by our name, where the answers themselves repeat any that they are asked by."""
+        """See that what answers is served by our name, where its answers repeat whatever name they are asked by."""
         if not self.engine.named_by_folder:
             return
         answer = self._ask("/v1/models", None, timeout, meanwhile)
