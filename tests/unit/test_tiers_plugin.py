@@ -780,11 +780,46 @@ def test_as_many_as_are_here():
 
 
 @pytest.mark.parametrize(
+    ("engine", "ran", "reasons"),
+    [
+        ("vllm", {"test_own", "test_all"}, ["what it tests is sglang's"]),
+        ("sglang", {"test_all", "test_other"}, ["it has no sleep", "what it tests is vllm's"]),
+        (None, {"test_own", "test_all", "test_lacking", "test_other"}, []),
+    ],
+)
+def test_what_an_engine_lacks_is_not_run_in_its_image_and_says_why(
+    tier: Tier, engine: str | None, ran: set[str], reasons: list[str]
+) -> None:
+    run = tier.run(
+        """
+@pytest.mark.engine("vllm")
+def test_own():
+    pass
+
+@pytest.mark.lacks("sglang", "it has no sleep")
+def test_lacking():
+    pass
+
+@pytest.mark.engine("sglang")
+def test_other():
+    pass
+
+def test_all():
+    pass
+""",
+        *([f"--engine={engine}"] if engine else []),
+    )
+    assert set(run.outcomes) == ran | ({"test_lacking"} if engine == "vllm" else set())
+    assert sorted(row["reason"] for row in run.document["not_selected"]) == reasons
+
+
+@pytest.mark.parametrize(
     ("marker", "message"),
     [
         ("needs(2)", "write needs(gpus=NUMBER)"),
         ("needs(tpus=2)", "write needs(gpus=NUMBER)"),
         ("full", 'write full("why it is not in the fast profile")'),
+        ("lacks('trtllm')", 'write lacks(ENGINE, "what it does not have")'),
         ("asked('nothing_of_that_name')", "asked('nothing_of_that_name'): pytest has no such option"),
     ],
 )
