@@ -11,6 +11,7 @@ import asyncio
 import base64
 import inspect
 import pickle
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -29,12 +30,15 @@ FLAGS = ["--max_seq_len", "64", "--max_batch_size", "4"]
 pytestmark = pytest.mark.engine("trtllm")
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Where a server imports `tensorrt_llm` from."""
+@pytest.fixture(scope="module", autouse=True)
+def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where a server imports `tensorrt_llm` from, and verl here: the real one needs the driver's libraries."""
     import fake_trtllm
 
-    return str(fake_trtllm.install(tmp_path_factory.mktemp("packages")))
+    folder = str(fake_trtllm.install(tmp_path_factory.mktemp("packages")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
 
 
 def environment(package: str) -> dict[str, str]:
@@ -172,8 +176,8 @@ def test_the_engine_takes_what_verl_gives_it() -> None:
 
     But for `sleep_config`: it came with 1.3.0 in place of `enable_sleep`, see the trainer tier's trtllm_arguments.
     """
-    from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
-
-    fields = TorchLlmArgs.model_fields.keys()
+    script = "from tensorrt_llm.llmapi.llm_args import TorchLlmArgs as a; print(*a.model_fields, sep='\\n')"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    fields = set(told.stdout.splitlines())
     assert given_to_the_engine() - fields <= {"sleep_config"}
     assert fields & {"sleep_config", "enable_sleep"}
