@@ -14,6 +14,7 @@ from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from drydock.errors import DrydockError
+from drydock.npu_smi import version_key
 
 
 def _requirement(text: str) -> str:
@@ -60,12 +61,15 @@ class Accelerator(Model):
     """The device an image is compiled for.
 
     `minimum_driver` is the host driver's lowest version; `sm` lists CUDA compute capabilities as NVIDIA
-    writes them without the dot ("90" for Hopper).
+    writes them without the dot ("90" for Hopper). Of an Ascend NPU, `soc` lists what `npu-smi info` calls its chips
+    (fnmatch patterns), and `cann` is the version of CANN in the image.
     """
 
-    kind: Literal["none", "cuda"]
+    kind: Literal["none", "cuda", "npu"]
     minimum_driver: str | None = None
     sm: tuple[str, ...] = ()
+    soc: tuple[str, ...] = ()
+    cann: str | None = None
 
 
 class DebianBase(Model):
@@ -83,12 +87,25 @@ def _digest(text: str) -> str:
     return text
 
 
+class Variant(Model):
+    """Another build of the same base for other chips: its digest, its version, and what npu-smi calls the chips.
+
+    What it provides is the same, so its images share one lock of Python packages with the base's own, and `verify`
+    says where one of them holds something else.
+    """
+
+    digest: Annotated[str, AfterValidator(_digest)]
+    version: str
+    soc: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
 class VendorBase(Model):
     """Somebody else's image, by digest, for what has no wheels in reach: our layers go on top of its own.
 
     `repository` is its name at a registry, which the user's configuration names; `version` is what its publisher
     calls it. `provides` are distributions that it holds, normalized name -> version: the resolver takes them as
-    given, the lock leaves them out, and `verify` looks for them in `site_packages`.
+    given, the lock leaves them out, and `verify` looks for them in `site_packages`. Each of `variants` is an image
+    of its own, `<hardware>-<engine>-<variant>`.
     """
 
     kind: Literal["image"]
@@ -99,6 +116,7 @@ class VendorBase(Model):
     interpreter: ImagePath
     site_packages: Annotated[tuple[ImagePath, ...], Field(min_length=1)]
     provides: dict[str, VersionText] = {}
+    variants: dict[Annotated[str, Field(pattern="^[a-z0-9]+$")], Variant] = {}
 
 
 Base = Annotated[DebianBase | VendorBase, Field(discriminator="kind")]
@@ -156,6 +174,10 @@ class Engine(Model):
     foreign_objects: dict[str, Reason] = Field(
         default={}, description="paths (fnmatch patterns) of ELF objects for another architecture"
     )
+    absent_distributions: dict[str, Reason] = Field(
+        default={},
+        description="what the stack is made with elsewhere and no index has: `verify` says it is missing",
+    )
 
 
 class Definition(Model):
@@ -193,20 +215,29 @@ class Image:
     """One image: a definition, one of its engines, and, on Debian, the request for its base.
 
     >>> Image.named(Path("."), "cpu-vllm").engine.requirements
+
+    Parameters:
+        variant: of the base; the base's own digest without.
     """
 
-    def __init__(self, root: Path, definition: Definition, engine: str, base: DebianRequest | None) -> None:
+    def __init__(
+        self, root: Path, definition: Definition, engine: str, base: DebianRequest | None, variant: str = ""
+    ) -> None:
         self.root = root
         self.definition = definition
         self.engine_name = engine
         self.engine = definition.engine[engine]
+        self.variant = variant
         self._base = base
 
     @property
     def vendor(self) -> VendorBase | None:
         """The vendor's image that it stands on, or None for one on Debian."""
         base = self.definition.base
-        return base if isinstance(base, VendorBase) else None
+        if not isinstance(base, VendorBase) or not self.variant:
+            return base if isinstance(base, VendorBase) else None
+        variant = base.variants[self.variant]
+        return base.model_copy(update={"digest": variant.digest, "version": variant.version})
 
     @property
     def provides(self) -> dict[str, str]:
@@ -222,7 +253,8 @@ class Image:
     @property
     def vendor_lock_path(self) -> Path:
         """The lock of the vendor's image, which all engines of a hardware share."""
-        return self.root / "lock" / f"base-{self.definition.hardware}.toml"
+        which = f"-{self.variant}" if self.variant else ""
+        return self.root / "lock" / f"base-{self.definition.hardware}{which}.toml"
 
     @property
     def base_lock_path(self) -> Path:
@@ -231,6 +263,11 @@ class Image:
 
     @property
     def name(self) -> str:
+        return f"{self.locked_as}-{self.variant}" if self.variant else self.locked_as
+
+    @property
+    def locked_as(self) -> str:
+        """The image whose lock of Python packages it has: all variants of a base provide the same."""
         return f"{self.definition.hardware}-{self.engine_name}"
 
     @property
@@ -240,7 +277,7 @@ class Image:
 
     @property
     def pylock_path(self) -> Path:
-        return self.root / "lock" / f"pylock.{self.name}.toml"
+        return self.root / "lock" / f"pylock.{self.locked_as}.toml"
 
     @property
     def debian_lock_path(self) -> Path:
@@ -252,24 +289,29 @@ class Image:
 
     @classmethod
     def named(cls, root: Path, name: str) -> Image:
-        """Find an image by its name, `<hardware>-<engine>` or `<hardware>` for the default engine.
+        """Find an image by its name, `<hardware>-<engine>` or `<hardware>` for the default engine; with `-<variant>`
+        behind the engine, the one for those chips.
 
         Raises:
-            DrydockError: there is no such hardware or engine; the line lists those there are.
+            DrydockError: there is no such hardware, engine or variant; the line lists those there are.
         """
-        hardware, _, engine = name.partition("-")
+        hardware, _, rest = name.partition("-")
         path = root / "images" / hardware / "image.toml"
         if not path.is_file():
             raise DrydockError(f"unknown image {name!r}: there are {', '.join(image_names(root))}")
         definition = read_definition(path)
-        engine = engine or definition.default_engine
+        engine, variant = rest or definition.default_engine, ""
         if engine not in definition.engine:
-            raise DrydockError(
-                f"unknown image {name!r}: {hardware} has the engine(s) {', '.join(sorted(definition.engine))} "
-                f"(engine.* in {path.relative_to(root)})"
-            )
+            engine, _, variant = engine.rpartition("-")
+            variants = _variants(definition)
+            if engine not in definition.engine or variant not in variants:
+                raise DrydockError(
+                    f"unknown image {name!r}: {hardware} has the engine(s) {', '.join(sorted(definition.engine))} "
+                    f"(engine.* in {path.relative_to(root)})"
+                    + (f", each as {', '.join(sorted(variants))} too (base.variants)" if variants else "")
+                )
         if isinstance(definition.base, VendorBase):
-            return cls(root, definition, engine, None)
+            return cls(root, definition, engine, None, variant)
         request = root / "images" / f"debian-{definition.base.release}.toml"
         if not request.is_file():
             raise DrydockError(
@@ -277,6 +319,10 @@ class Image:
                 "which would say what that holds"
             )
         return cls(root, definition, engine, read_toml(request, DebianRequest))
+
+
+def _variants(definition: Definition) -> dict[str, Variant]:
+    return definition.base.variants if isinstance(definition.base, VendorBase) else {}
 
 
 def debian_lock_path(root: Path, release: int, architecture: str) -> Path:
@@ -330,10 +376,21 @@ def read_definition(path: Path) -> Definition:
         definition.accelerator.minimum_driver and definition.accelerator.sm
     ):
         raise DrydockError(f"{path}: accelerator: kind cuda needs minimum-driver and sm")
+    if definition.accelerator.kind == "npu" and not (
+        definition.accelerator.minimum_driver and definition.accelerator.soc and definition.accelerator.cann
+    ):
+        raise DrydockError(f"{path}: accelerator: kind npu needs minimum-driver, soc and cann")
+    if definition.accelerator.kind == "npu":
+        try:
+            version_key(definition.accelerator.minimum_driver or "")
+        except ValueError as error:
+            raise DrydockError(f"{path}: accelerator.minimum-driver: {error}") from error
+    if definition.accelerator.kind != "npu" and (definition.accelerator.soc or definition.accelerator.cann):
+        raise DrydockError(f"{path}: accelerator: soc and cann are of kind npu")
     named = {
         f"engine.{engine_name}.{table.replace('_', '-')}": getattr(engine, table)
         for engine_name, engine in definition.engine.items()
-        for table in ("overrides", "exclusions", "source_builds", "overlaps")
+        for table in ("overrides", "exclusions", "source_builds", "overlaps", "absent_distributions")
     }
     if isinstance(definition.base, VendorBase):
         named = {"base.provides": definition.base.provides, **named}
@@ -356,5 +413,7 @@ def image_names(root: Path) -> list[str]:
     names = []
     for path in sorted((root / "images").glob("*/image.toml")):
         definition = read_definition(path)
-        names += [f"{definition.hardware}-{engine}" for engine in sorted(definition.engine)]
+        for engine in sorted(definition.engine):
+            name = f"{definition.hardware}-{engine}"
+            names += [name, *(f"{name}-{variant}" for variant in sorted(_variants(definition)))]
     return names

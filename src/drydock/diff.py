@@ -69,9 +69,12 @@ def _earlier(root: Path, name: str, revision: str) -> Side:
     definition = _toml(root, revision, f"images/{hardware}/image.toml")
     try:
         engine = engine or definition["default-engine"]
+        variant = ""
+        if engine not in definition["engine"]:
+            engine, _, variant = engine.rpartition("-")
         environment = definition["engine"][engine].get("environment", {})
         if definition["base"]["kind"] == "image":
-            base = f"lock/base-{hardware}.toml"
+            base = f"lock/base-{hardware}{variant and f'-{variant}'}.toml"
         else:
             base = f"lock/debian-{definition['base']['release']}-{definition['architecture']}.toml"
     except (KeyError, TypeError, AttributeError) as error:
@@ -79,7 +82,7 @@ def _earlier(root: Path, name: str, revision: str) -> Side:
             f"{name} is no image in {revision!r}: {error!r} is not in its definition"
         ) from error
     return Side(
-        name=f"{hardware}-{engine}@{revision}",
+        name=f"{hardware}-{engine}{variant and f'-{variant}'}@{revision}",
         python=versions_in(_toml(root, revision, f"lock/pylock.{hardware}-{engine}.toml")),
         base=versions_in(_toml(root, revision, base)),
         environment=environment,

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(sys.executable).parent / "drydock"
-IMAGES = ["cpu-vllm", "gb200-sglang", "gb200-vllm", "h100-sglang", "h100-vllm"]
+IMAGES = ["ascend-vllm", "ascend-vllm-a3", "cpu-vllm", "gb200-sglang", "gb200-vllm", "h100-sglang", "h100-vllm"]
 
 
 def asked(cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
