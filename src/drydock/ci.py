@@ -27,6 +27,7 @@ from drydock.publish import VARIABLE, registries
 from drydock.published import RECORDS, read_records
 from drydock.session import PATIENCE, TIERS
 from drydock.tiers.budgets import NoBudget, session_ceiling
+from drydock.vendor import unread_line
 
 RUNNERS = ".github/runners.toml"
 TOOLS = "lock/drydock.txt"
@@ -197,7 +198,7 @@ def touched(root: Path, base: str | None) -> Touched:
     Raises:
         DrydockError: git does not know the revision, or a definition cannot be read.
     """
-    images = [Image.named(root, name) for name in image_names(root)]
+    images = [image for image in _images(root) if not image.unread]
     if not base or _gone(root, base):
         why = f"{base} is gone, of a branch that was moved" if base else "there is nothing to compare with"
         everything = {image.name: [f"everything: {why}"] for image in images}
@@ -216,6 +217,10 @@ def touched(root: Path, base: str | None) -> Touched:
     run = [f"{path}: runs in the image" for path in paths if _runs_in_an_image(path)]
     for_tiers = {image.name: for_images.get(image.name, []) + run for image in images}
     return Touched(images=for_images, tiers={name: lines for name, lines in for_tiers.items() if lines})
+
+
+def _images(root: Path) -> list[Image]:
+    return [Image.named(root, name) for name in image_names(root)]
 
 
 def records_at(root: Path, revision: str) -> dict[str, Any]:
@@ -265,6 +270,9 @@ def plan(root: Path, base: str | None, profile: str, environ: Mapping[str, str])
         NotRun(what=f"the tiers on {hardware}", reason=f"no image is defined for it (images/{hardware})")
         for hardware in runners.hardware
         if not (root / "images" / hardware / "image.toml").is_file()
+    ]
+    left_out += [
+        NotRun(what=image.name, reason=unread_line(image)) for image in _images(root) if image.unread
     ]
     for name, why in work.tiers.items():
         row = _session(Image.named(root, name), profile, runners, environ, _joined(why))

@@ -103,7 +103,8 @@ def lock(
     refresh: Annotated[
         bool, typer.Option("--refresh", help="move every package that the definitions let move")
     ] = False,
-    base: Annotated[bool, typer.Option("--base", help="only the bases' Debian packages")] = False,
+    base: Annotated[bool, typer.Option("--base", help="only the bases")] = False,
+    packages: Annotated[bool, typer.Option("--packages", help="only the Python packages")] = False,
     as_json: Json = False,
 ) -> None:
     """Resolve what images are made of, keeping the versions that are locked; or check the locks."""
@@ -117,14 +118,22 @@ def lock(
             _say(answer)
         else:
             for row in answer["locks"]:
-                print(f"{row['lock']}: {'; '.join(row['problems']) or 'ok'}")
+                print(f"{row['lock']}: {'; '.join(row['problems']) or row.get('open', 'ok')}")
         if not answer["ok"]:
             bad = sum(1 for row in answer["locks"] if row["problems"])
             raise CheckFailed(f"{bad} of {len(answer['locks'])} locks are not right")
         return
-    moving = tuple(upgrade or ())
+    if base and packages:
+        raise DrydockError("--base and --packages leave nothing out: name one of them, or none for both")
     changes = relock.lock(
-        chosen, open_store(root), os.environ, upgrade=moving, refresh=refresh, only_base=base
+        chosen,
+        open_store(root),
+        os.environ,
+        upgrade=tuple(upgrade or ()),
+        refresh=refresh,
+        only_base=base,
+        only_packages=packages,
+        named=bool(names),
     )
     if as_json:
         _say(changes)
@@ -142,12 +151,16 @@ def fetch(names: Names = None, as_json: Json = False) -> None:
     from dataclasses import asdict
 
     from drydock.build import Inputs
+    from drydock.vendor import unread_line
 
     root = project_root()
     store = open_store(root)
     artifacts: dict[str, Artifact] = {}
-    for name in names or image_names(root):
-        artifacts |= {artifact.sha256: artifact for artifact in Inputs(Image.named(root, name)).artifacts()}
+    for image in [Image.named(root, name) for name in names or image_names(root)]:
+        if image.unread and not names:
+            print(f"{image.name}: left out, {unread_line(image)}", file=sys.stderr)
+            continue
+        artifacts |= {artifact.sha256: artifact for artifact in Inputs(image).artifacts()}
     report = asdict(get_artifacts(store, list(artifacts.values())))
     if as_json:
         _say(report)

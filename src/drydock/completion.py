@@ -23,12 +23,14 @@ COMPLETING = "_DRYDOCK_COMPLETE" in os.environ
 def image_names() -> list[str]:
     """The images that are defined."""
     names = []
-    for path in _files("images", "*/image.toml"):
+    for path in _files("images", "*/*.toml"):
         # One that somebody is about to mend hides no other.
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             definition = tomllib.loads(path.read_text())
             variants = ["", *(f"-{variant}" for variant in definition["base"].get("variants", {}))]
-            names += [f"{path.parent.name}-{engine}{end}" for engine in definition["engine"] for end in variants]
+            names += [
+                f"{path.parent.name}-{engine}{end}" for engine in definition["engine"] for end in variants
+            ]
     return sorted(names)
 
 

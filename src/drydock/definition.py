@@ -1,4 +1,5 @@
-"""What an image is: `images/<hardware>/image.toml` and `images/debian-<release>.toml`, typed on reading."""
+"""What an image is: `images/<hardware>/image.toml`, an engine's own file beside it, and `images/debian-<release>.toml`,
+typed on reading."""
 
 from __future__ import annotations
 
@@ -46,6 +47,8 @@ RequirementText = Annotated[str, AfterValidator(_requirement)]
 VersionText = Annotated[str, AfterValidator(_version)]
 Reason = Annotated[str, Field(min_length=10, description="why, for the reviewer of a lock")]
 Architecture = Literal["amd64", "arm64"]
+COMMON = "image.toml"
+"""The definition that the engines of a hardware share."""
 
 MACHINES: dict[Architecture, str] = {"amd64": "x86_64", "arm64": "aarch64"}
 """The kernel's and Python's name for what OCI and Debian call the architecture."""
@@ -181,7 +184,7 @@ class Engine(Model):
 
 
 class Definition(Model):
-    """`images/<hardware>/image.toml`."""
+    """`images/<hardware>/image.toml`, or one engine's own `images/<hardware>/<engine>.toml`."""
 
     hardware: str
     summary: str
@@ -221,9 +224,16 @@ class Image:
     """
 
     def __init__(
-        self, root: Path, definition: Definition, engine: str, base: DebianRequest | None, variant: str = ""
+        self,
+        root: Path,
+        path: Path,
+        definition: Definition,
+        engine: str,
+        base: DebianRequest | None,
+        variant: str = "",
     ) -> None:
         self.root = root
+        self.definition_path = path
         self.definition = definition
         self.engine_name = engine
         self.engine = definition.engine[engine]
@@ -252,9 +262,16 @@ class Image:
 
     @property
     def vendor_lock_path(self) -> Path:
-        """The lock of the vendor's image, which all engines of a hardware share."""
-        which = f"-{self.variant}" if self.variant else ""
-        return self.root / "lock" / f"base-{self.definition.hardware}{which}.toml"
+        """The lock of the vendor's image, which all engines of one definition share."""
+        common = f"{self.definition.hardware}-{self.variant}" if self.variant else self.definition.hardware
+        of = self.name if self.definition_path.name != COMMON else common
+        return self.root / "lock" / f"base-{of}.toml"
+
+    @property
+    def unread(self) -> bool:
+        """Whether it stands on a vendor's image that nobody has read from a registry yet; without that it can be
+        resolved, and not built."""
+        return self.vendor is not None and not self.vendor_lock_path.is_file()
 
     @property
     def base_lock_path(self) -> Path:
@@ -283,10 +300,6 @@ class Image:
     def debian_lock_path(self) -> Path:
         return debian_lock_path(self.root, self.base.release, self.definition.architecture)
 
-    @property
-    def definition_path(self) -> Path:
-        return self.root / "images" / self.definition.hardware / "image.toml"
-
     @classmethod
     def named(cls, root: Path, name: str) -> Image:
         """Find an image by its name, `<hardware>-<engine>` or `<hardware>` for the default engine; with `-<variant>`
@@ -296,7 +309,7 @@ class Image:
             DrydockError: there is no such hardware, engine or variant; the line lists those there are.
         """
         hardware, _, rest = name.partition("-")
-        path = root / "images" / hardware / "image.toml"
+        path = root / definition_file(root, hardware, rest)
         if not path.is_file():
             raise DrydockError(f"unknown image {name!r}: there are {', '.join(image_names(root))}")
         definition = read_definition(path)
@@ -307,18 +320,28 @@ class Image:
             if engine not in definition.engine or variant not in variants:
                 raise DrydockError(
                     f"unknown image {name!r}: {hardware} has the engine(s) {', '.join(sorted(definition.engine))} "
-                    f"(engine.* in {path.relative_to(root)})"
+                    f"(engine.* in {path.relative_to(root)}, or a file of its own beside it)"
                     + (f", each as {', '.join(sorted(variants))} too (base.variants)" if variants else "")
                 )
         if isinstance(definition.base, VendorBase):
-            return cls(root, definition, engine, None, variant)
+            return cls(root, path, definition, engine, None, variant)
         request = root / "images" / f"debian-{definition.base.release}.toml"
         if not request.is_file():
             raise DrydockError(
                 f"{path.relative_to(root)}: base.release: there is no {request.relative_to(root)}, "
                 "which would say what that holds"
             )
-        return cls(root, definition, engine, read_toml(request, DebianRequest))
+        return cls(root, path, definition, engine, read_toml(request, DebianRequest))
+
+
+def definition_file(root: Path, hardware: str, engine: str) -> str:
+    """Where an image is defined, as a path in the checkout: the engine's own file, where it has a base or a Python that
+    others of its hardware have not, else the hardware's common one. `engine` may have a variant behind it."""
+    for name in (engine, engine.rpartition("-")[0]):
+        own = f"images/{hardware}/{name}.toml"
+        if name and (root / own).is_file():
+            return own
+    return f"images/{hardware}/{COMMON}"
 
 
 def _variants(definition: Definition) -> dict[str, Variant]:
@@ -363,8 +386,17 @@ def read_toml(path: Path, model: type[AnyModel]) -> AnyModel:
 
 
 def read_definition(path: Path) -> Definition:
-    """Read `images/<hardware>/image.toml` and check what the types cannot say."""
+    """Read `images/<hardware>/image.toml`, or an engine's own file beside it, and check what the types cannot say."""
     definition = read_toml(path, Definition)
+    engines = definition.engine.keys()
+    if path.name != COMMON and engines != {path.stem}:
+        raise DrydockError(f"{path}: engine: is {', '.join(sorted(engines))} in the file of {path.stem}")
+    if path.name == COMMON and (
+        twice := [name for name in engines if path.with_name(f"{name}.toml").is_file()]
+    ):
+        raise DrydockError(
+            f"{path}: engine.{twice[0]}: has {twice[0]}.toml beside it: define it in one of them"
+        )
     if definition.hardware != path.parent.name:
         raise DrydockError(f"{path}: hardware: is {definition.hardware!r} in the folder {path.parent.name!r}")
     if definition.default_engine not in definition.engine:
@@ -411,9 +443,9 @@ def read_definition(path: Path) -> Definition:
 def image_names(root: Path) -> list[str]:
     """The names of all images that are defined, sorted."""
     names = []
-    for path in sorted((root / "images").glob("*/image.toml")):
+    for path in (root / "images").glob("*/*.toml"):
         definition = read_definition(path)
-        for engine in sorted(definition.engine):
+        for engine in definition.engine:
             name = f"{definition.hardware}-{engine}"
-            names += [name, *(f"{name}-{variant}" for variant in sorted(_variants(definition)))]
-    return names
+            names += [name, *(f"{name}-{variant}" for variant in _variants(definition))]
+    return sorted(names)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drydock.definition import Image
+from drydock.definition import COMMON, Image
 from drydock.errors import DrydockError
 from drydock.locks import read_debian_lock, read_pylock
 from drydock.oci import Layer, read_image
@@ -66,15 +66,20 @@ def side(root: Path, store: Store, name: str) -> Side:
 def _earlier(root: Path, name: str, revision: str) -> Side:
     """An image as a revision had it, read loosely: a definition of then may have keys that none has now."""
     hardware, _, engine = name.partition("-")
-    definition = _toml(root, revision, f"images/{hardware}/image.toml")
+    vendor_lock = f"lock/base-{hardware}-{engine}.toml"
     try:
-        engine = engine or definition["default-engine"]
-        variant = ""
+        definition = _toml(root, revision, f"images/{hardware}/{engine}.toml")
+    except DrydockError:
+        vendor_lock = f"lock/base-{hardware}.toml"
+        definition = _toml(root, revision, f"images/{hardware}/{COMMON}")
+    try:
+        named = engine = engine or definition["default-engine"]
         if engine not in definition["engine"]:
             engine, _, variant = engine.rpartition("-")
+            vendor_lock = f"lock/base-{hardware}-{variant}.toml"
         environment = definition["engine"][engine].get("environment", {})
         if definition["base"]["kind"] == "image":
-            base = f"lock/base-{hardware}{variant and f'-{variant}'}.toml"
+            base = vendor_lock
         else:
             base = f"lock/debian-{definition['base']['release']}-{definition['architecture']}.toml"
     except (KeyError, TypeError, AttributeError) as error:
@@ -82,7 +87,7 @@ def _earlier(root: Path, name: str, revision: str) -> Side:
             f"{name} is no image in {revision!r}: {error!r} is not in its definition"
         ) from error
     return Side(
-        name=f"{hardware}-{engine}{variant and f'-{variant}'}@{revision}",
+        name=f"{hardware}-{named}@{revision}",
         python=versions_in(_toml(root, revision, f"lock/pylock.{hardware}-{engine}.toml")),
         base=versions_in(_toml(root, revision, base)),
         environment=environment,

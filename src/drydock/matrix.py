@@ -11,6 +11,7 @@ from pathlib import Path
 
 from drydock.build import Inputs
 from drydock.definition import Image, image_names
+from drydock.locks import read_pylock
 from drydock.published import read_records
 from drydock.report import Report, read
 
@@ -28,29 +29,34 @@ def matrix(root: Path) -> str:
     Raises:
         DrydockError: a definition, a lock or a run's document cannot be read.
     """
+    return "\n".join([HEADER, *held(root), "", "## Proven", "", *proven(root), "", FOOTER])
+
+
+FOOTER = """A run is named with the tests that passed in it, and with those that failed. "Earlier" is a run of an image
+of that name with another digest than the one recorded now.
+"""
+
+
+def proven(root: Path) -> list[str]:
+    """The lines of its second table: how far each image has been proven, and by which runs."""
     records = read_records(root)
     runs = [(path, read(path)) for path in sorted((root / "docs/runs").glob("*.json"))]
-    proven = []
+    rows = []
     for name in image_names(root):
         image = Image.named(root, name)
         record = records.get(name)
         own = [(path, run) for path, run in runs if run.image.name == name]
-        proven.append(
+        rows.append(
             (
                 f"`{name}`",
-                "yes" if image.pylock_path.is_file() else "",
+                _locked(image),
                 f"`{record['digest'][:19]}`" if record else "",
                 _marks(own, record, "verified"),
                 _marks(own, record, "cpu"),
                 _marks(own, record, "cuda"),
             )
         )
-    return "\n".join([HEADER, *held(root), "", "## Proven", "", *table(PROVEN, proven), "", FOOTER])
-
-
-FOOTER = """A run is named with the tests that passed in it, and with those that failed. "Earlier" is a run of an image
-of that name with another digest than the one recorded now.
-"""
+    return table(PROVEN, rows)
 
 
 def held(root: Path) -> list[str]:
@@ -61,8 +67,9 @@ def held(root: Path) -> list[str]:
 
 def _held(image: Image, record: dict[str, object] | None) -> tuple[str, ...]:
     definition = image.definition
-    inputs = Inputs(image)
-    versions = inputs.versions
+    # Nothing of a vendor's image but what its definition says, which may be all that is known of it.
+    versions = image.provides | {package.name: package.version for package in read_pylock(image).packages}
+    python = image.vendor.python_version if image.vendor else Inputs(image).python_version
     cuda = definition.accelerator.kind == "cuda"
 
     def of(*names: str) -> str:
@@ -77,10 +84,16 @@ def _held(image: Image, record: dict[str, object] | None) -> tuple[str, ...]:
         versions.get("nvidia-nccl-cu13", "-") if cuda else "-",
         definition.accelerator.minimum_driver or "-",
         ", ".join(definition.accelerator.sm) or "-",
-        inputs.python_version,
+        python,
         f"`{str(record['digest'])[:19]}`" if record else "-",
         f"{int(str(record['size'])) / 1e9:.2f}" if record else "-",
     )
+
+
+def _locked(image: Image) -> str:
+    if not image.pylock_path.is_file():
+        return ""
+    return "packages; its base is not read yet" if image.unread else "yes"
 
 
 def _marks(runs: list[tuple[Path, Report]], record: dict[str, object] | None, kind: str) -> str:

@@ -15,9 +15,10 @@ from drydock.definition import MACHINES, Architecture, DebianRequest, Image, deb
 from drydock.errors import DrydockError
 from drydock.indexes import debian_mirrors, read_indexes
 from drydock.locks import check_debian_lock, check_pylock, read_debian_lock, read_pylock
+from drydock.published import read_records
 from drydock.resolve import lock_image
 from drydock.store import Store
-from drydock.vendor import lock_vendor, read_vendor_lock
+from drydock.vendor import VARIABLE, lock_vendor, read_vendor_lock, unread_line
 
 Change = dict[str, Any]
 
@@ -45,10 +46,15 @@ def lock(
     upgrade: tuple[str, ...] = (),
     refresh: bool = False,
     only_base: bool = False,
+    only_packages: bool = False,
+    named: bool = True,
 ) -> list[Change]:
     """Lock the bases and the Python environments of images.
 
     Parameters:
+        only_base, only_packages: leave the other half as it is.
+        named: whether somebody asked for these images, and not for all there are; then a vendor's image that nobody
+            has read yet is read, or this fails.
         upgrade: packages (Debian's or Python's) that may move; all others keep their version where it
             still fits the definition.
         refresh: every package may move that the definitions let move.
@@ -59,7 +65,7 @@ def lock(
     Raises:
         DrydockError: something does not resolve, or a package to upgrade is in none of the locks.
     """
-    before = {path: versions(path) for path in _paths(images, only_base)}
+    before = {path: versions(path) for path in _paths(images, only_base, only_packages)}
     moving = {canonicalize_name(name) for name in upgrade} | set(upgrade)
     if refresh:
         moving |= {name for found in before.values() for name in found}
@@ -72,7 +78,10 @@ def lock(
         raise DrydockError(
             f"{unknown[0]} is in none of the locks: name a package of one, or ask for it in image.toml"
         )
-    for path, image in {image.base_lock_path: image for image in images}.items():
+    bases = {} if only_packages else {image.base_lock_path: image for image in images}
+    for path, image in bases.items():
+        if image.unread and (upgrade or not named) and not environ.get(VARIABLE):
+            continue
         if image.vendor:
             # A digest does not move: what is locked of it stays right as long as it is the one asked for.
             if _vendor_problems(image):
@@ -96,11 +105,10 @@ def lock(
     return [change for path, old in before.items() for change in _changes(path, old, versions(path))]
 
 
-def _paths(images: list[Image], only_base: bool) -> list[Path]:
-    paths = [image.base_lock_path for image in images] + (
-        [] if only_base else [image.pylock_path for image in images]
-    )
-    return list(dict.fromkeys(paths))
+def _paths(images: list[Image], only_base: bool, only_packages: bool) -> list[Path]:
+    bases = [] if only_packages else [image.base_lock_path for image in images]
+    packages = [] if only_base else [image.pylock_path for image in images]
+    return list(dict.fromkeys([*bases, *packages]))
 
 
 def _kept(found: dict[str, str], moving: set[str]) -> dict[str, str]:
@@ -116,8 +124,12 @@ def _changes(path: Path, old: dict[str, str], new: dict[str, str]) -> list[Chang
 
 
 def check(images: list[Image]) -> dict[str, Any]:
-    """Whether the locks are there, unedited, up to date with their definitions and complete; offline."""
-    rows = []
+    """Whether the locks are there, unedited, up to date with their definitions and complete; offline.
+
+    A vendor's image that nobody has read yet has no lock. That is `open`, not wrong, as long as no image over it is
+    recorded: what cannot be built can be reviewed.
+    """
+    rows: list[dict[str, Any]] = []
     bases: dict[tuple[int, Architecture], tuple[Path, DebianRequest]] = {
         (image.base.release, image.definition.architecture): (image.root, image.base)
         for image in images
@@ -131,7 +143,10 @@ def check(images: list[Image]) -> dict[str, Any]:
             }
         )
     for path, image in {image.base_lock_path: image for image in images if image.vendor}.items():
-        rows.append({"lock": path.stem, "problems": _vendor_problems(image)})
+        if image.unread and image.name not in read_records(image.root):
+            rows.append({"lock": path.stem, "problems": [], "open": unread_line(image)})
+        else:
+            rows.append({"lock": path.stem, "problems": _vendor_problems(image)})
     for image in images:
         rows.append({"lock": f"pylock.{image.name}", "problems": _image_problems(image)})
     return {"ok": not any(row["problems"] for row in rows), "locks": rows}

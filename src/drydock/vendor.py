@@ -105,6 +105,11 @@ def read_vendor_lock(image: Image) -> VendorLock:
     return lock
 
 
+def unread_line(image: Image) -> str:
+    """What is to be done about a base that nobody has read yet."""
+    return f"its base is not read yet: run `drydock lock --base {image.name}` where a registry has it"
+
+
 def vendor_layers(lock: VendorLock) -> tuple[Layer, ...]:
     """The base's layers, as an image over it names them."""
     return tuple(

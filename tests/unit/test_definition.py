@@ -49,8 +49,22 @@ def test_a_variant_is_an_image_with_its_own_base_and_the_same_lock(tmp_path: Pat
 @pytest.mark.parametrize("name", ["box-b2", "box-mini-", "box-mini-b3", "box-maxi-b2"])
 def test_what_is_no_variant_is_one_line_that_lists_them(tmp_path: Path, name: str) -> None:
     define(tmp_path)
-    with pytest.raises(DrydockError, match=rf"unknown image '{name}'.*\bmini \(.*as b2 too"):
+    with pytest.raises(DrydockError, match=rf"unknown image '{name}'.*engine\(s\) mini .* as b2 too"):
         Image.named(tmp_path, name)
+
+
+def test_an_engine_with_a_file_of_its_own_has_variants_too(tmp_path: Path) -> None:
+    own = define(tmp_path)
+    own.rename(own.with_name("mini.toml"))
+    text = own.with_name("mini.toml").read_text()
+    own.write_text(text.replace(".mini", ".maxi").replace(VARIANT, "").replace('"mini"', '"maxi"'))
+    assert image_names(tmp_path) == ["box-maxi", "box-mini", "box-mini-b2"]
+    image = Image.named(tmp_path, "box-mini-b2")
+    assert image.definition_path.name == "mini.toml"
+    assert (image.pylock_path.name, image.vendor_lock_path.name) == (
+        "pylock.box-mini.toml",
+        "base-box-mini-b2.toml",
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +86,7 @@ def test_an_npu_says_its_driver_chips_and_cann(tmp_path: Path, accelerator: str,
 
 
 def test_a_variant_names_its_chips(tmp_path: Path) -> None:
-    with pytest.raises(DrydockError, match="base.variants.b2.soc: required"):
+    with pytest.raises(DrydockError, match=r"base\.variants\.b2\.soc: required"):
         read_definition(define(tmp_path, variant=VARIANT.replace("soc", "# soc")))
 
 

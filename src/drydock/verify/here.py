@@ -34,9 +34,10 @@ def verify_here(root: Path, name: str) -> Report:
         DrydockError: its lock or its definition cannot be read.
     """
     started = time.perf_counter()
-    hardware, _, _ = name.partition("-")
+    hardware, _, engine = name.partition("-")
     lock = _read(root / "lock" / f"pylock.{name}.toml")
-    definition = _read(root / "images" / hardware / "image.toml")
+    own = root / "images" / hardware / f"{engine}.toml"
+    definition = _read(own if own.is_file() else own.with_name("image.toml"))
     try:
         locked = {normalize_name(entry["name"]): entry["version"] for entry in lock["packages"]}
         series = definition["python"]
