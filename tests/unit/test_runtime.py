@@ -529,10 +529,10 @@ def test_gpus_that_are_not_there(
     chroot: ChrootRuntime, store: Store, image: Built, task: Callable[..., Task]
 ) -> None:
     if list(Path("/dev").glob("nvidia*")):
-        assert chroot.run(store, image, task("open('/dev/nvidiactl')", gpus=True)) == 0
+        assert chroot.run(store, image, task("open('/dev/nvidiactl')", accelerator="cuda")) == 0
         return
     with pytest.raises(DrydockError, match="no /dev/nvidia"):
-        chroot.run(store, image, task("", gpus=True))
+        chroot.run(store, image, task("", accelerator="cuda"))
 
 
 def test_an_image_for_another_machine(store: Store, image: Built, monkeypatch: pytest.MonkeyPatch) -> None:

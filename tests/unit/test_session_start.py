@@ -13,7 +13,7 @@ import pytest
 from project import REPOSITORY
 
 from drydock import session
-from drydock.definition import image_names
+from drydock.definition import Image, image_names
 from drydock.errors import CheckFailed, DrydockError
 
 DIGEST = f"sha256:{'5' * 64}"
@@ -47,7 +47,8 @@ except ModuleNotFoundError:
 @pytest.mark.parametrize("image", image_names(REPOSITORY))
 def test_a_session_starts_with_what_the_image_holds(image: str) -> None:
     """Of drydock's own dependencies, an image holds those that the stack needs too."""
-    command = [sys.executable, "-c", WITH_THE_IMAGES_PACKAGES_ALONE, REPOSITORY / f"lock/pylock.{image}.toml"]
+    lock = Image.named(REPOSITORY, image).pylock_path
+    command = [sys.executable, "-c", WITH_THE_IMAGES_PACKAGES_ALONE, lock]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout == "imported\n", done.stderr
 
