@@ -250,6 +250,12 @@ class Image:
         return base.model_copy(update={"digest": variant.digest, "version": variant.version})
 
     @property
+    def soc(self) -> tuple[str, ...]:
+        """What npu-smi calls the chips that it is made for (fnmatch patterns); none but of NPUs."""
+        variants = _variants(self.definition)
+        return variants[self.variant].soc if self.variant else self.definition.accelerator.soc
+
+    @property
     def provides(self) -> dict[str, str]:
         """Distributions that its base holds, normalized name -> version."""
         return dict(self.vendor.provides) if self.vendor else {}

@@ -340,10 +340,8 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
     print(f"{runtime.name}: ready after {record.steps[-1]['seconds']:.1f} s", flush=True)
 
     def run(command: list[str], environment: dict[str, str]) -> int:
-        ours = _environment(CHECKOUT)
-        if below := built.environment.get("PYTHONPATH"):
-            # CANN's own modules are there.
-            ours["PYTHONPATH"] += f":{below}"
+        # Of an image for NPUs, CANN's own modules are there.
+        ours = _environment(CHECKOUT, built.environment.get("PYTHONPATH", ""))
         task = Task(
             command=tuple(command),
             checkout=root,
@@ -430,9 +428,8 @@ def _surroundings(
     verify: list[str],
 ) -> Place:
     def run(command: list[str], environment: dict[str, str]) -> int:
-        variables = {**os.environ, **_environment(str(root)), **environment}
-        if "PYTHONPATH" in os.environ:
-            variables["PYTHONPATH"] += f":{os.environ['PYTHONPATH']}"
+        ours = _environment(str(root), os.environ.get("PYTHONPATH", ""))
+        variables = {**os.environ, **ours, **environment}
         # In place there may be no `python` on the path.
         command = [sys.executable, *command[1:]] if command[0] == "python" else command
         return subprocess.run(command, env=variables, check=False).returncode
@@ -461,9 +458,10 @@ def _need_device(image: Image, options: argparse.Namespace) -> Device:
     return device
 
 
-def _environment(checkout: str) -> dict[str, str]:
+def _environment(checkout: str, below: str) -> dict[str, str]:
+    """What the session's commands get: ours before the PYTHONPATH that is there."""
     # No bytecode of ours beside the image's library: it would be a stray to the next verification.
-    return {"PYTHONPATH": f"{checkout}/src", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {"PYTHONPATH": f"{checkout}/src{below and f':{below}'}", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def _new_folder(parent: Path, began: datetime) -> Path:

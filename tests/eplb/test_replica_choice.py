@@ -9,8 +9,6 @@ import torch
 from checks import caught_by
 from replica_choice import check_choice, choose_replicas
 
-from drydock.tiers.device import device_here
-
 EXPERTS, SLOTS, TOKENS, PER_TOKEN = 16, 24, 4096, 2
 
 
@@ -71,20 +69,20 @@ def test_a_load_that_is_not_counted_is_caught() -> None:
 
 
 @pytest.mark.full("the choice is a kernel that needs a GPU; on a CPU vLLM leaves the experts as they are")
+@pytest.mark.cuda("vLLM has this kernel for CUDA and ROCm only")
 @pytest.mark.needs(gpus=1)
 def test_the_kernel_chooses_and_counts_as_it_says() -> None:
     from vllm.model_executor.layers.fused_moe.router.base_router import eplb_map_to_physical_and_record
 
-    device = device_here().at(0)
-    phy2log, log2phy, logcnt, chosen = (each.to(device) for each in batch())
+    phy2log, log2phy, logcnt, chosen = (each.to("cuda") for each in batch())
     for recorded in (True, False):
-        load = torch.zeros(SLOTS, dtype=torch.int32, device=device)
+        load = torch.zeros(SLOTS, dtype=torch.int32, device="cuda")
         physical = eplb_map_to_physical_and_record(
             topk_ids=chosen.to(torch.int32),
             expert_load_view=load,
             logical_to_physical_map=log2phy,
             logical_replica_count=logcnt,
-            record_enabled=torch.tensor(recorded, device=device),
+            record_enabled=torch.tensor(recorded, device="cuda"),
         ).long()
         assert torch.equal(physical, choose_replicas(chosen, log2phy, logcnt))
         if recorded:

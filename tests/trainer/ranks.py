@@ -1,7 +1,7 @@
 """Runs a function in the ranks of a process group, processes of their own, and says what became of each.
 
-With gloo, on the CPU, the processes are forked from one that has imported torch, verl and megatron-core and has run nothing: each is
-as new as a spawned one, without seconds of imports.
+On the CPU the processes are forked from one that has imported torch, verl and megatron-core and has run nothing: each
+is as new as a spawned one, without seconds of imports.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ MARKERS = (
     "full(reason): runs in the full profile only; why it is not in fast",
     "needs(gpus): fails as missing where there are fewer GPUs, or NPUs in an image that is made for those",
     "serves: starts the engine's server: needs a GPU or an NPU in an image that is made for one",
+    "cuda(reason): why it is not for an image that is made for NPUs",
     "engine(name): what it tests is that engine's, so it is not for the image of another",
     "asked(*options): runs only when all of these options of pytest are given",
 )
@@ -344,11 +345,15 @@ def _reason(item: pytest.Item) -> str | None:
             raise pytest.UsageError(f"{item.nodeid}: write engine(NAME)")
         if item.config.getoption("engine") not in (None, marker.args[0]):
             reasons.append(f"what it tests is {marker.args[0]}'s")
-    for marker in item.iter_markers("full"):
-        if marker.kwargs or len(marker.args) != 1 or not isinstance(marker.args[0], str):
-            raise pytest.UsageError(f'{item.nodeid}: write full("why it is not in the fast profile")')
-        if item.config.getoption("profile") != "full":
-            reasons.append(marker.args[0])
+    for name, left_out, why in (
+        ("full", item.config.getoption("profile") != "full", "why it is not in the fast profile"),
+        ("cuda", item.config.getoption("accelerator") == "npu", "why it is not for NPUs"),
+    ):
+        for marker in item.iter_markers(name):
+            if marker.kwargs or len(marker.args) != 1 or not isinstance(marker.args[0], str):
+                raise pytest.UsageError(f'{item.nodeid}: write {name}("{why}")')
+            if left_out:
+                reasons.append(marker.args[0])
     for marker in item.iter_markers("asked"):
         for name in marker.args:
             try:
