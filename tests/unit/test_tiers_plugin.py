@@ -134,6 +134,17 @@ def tier(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Tier:
 # ---------------------------------------------------------------------------------- what passes
 
 
+def test_a_tiers_time_begins_with_its_process(tier: Tier) -> None:
+    """What is slow before the plugin counts too, and is nobody else's."""
+    tier.pytester.makepyfile(late="import time\ntime.sleep(1.5)\n")
+    tier.write("def test_a():\n    pass\n")
+    command = [*tier.command()]
+    command[command.index("-p") : command.index("-p")] = ["-p", "late"]
+    run = Run(tier, tier.pytester.run(*command, timeout=40))
+    assert run.status == 0
+    assert run.document["seconds"] >= 1.5
+
+
 def test_a_passing_tier_and_its_whole_document(tier: Tier) -> None:
     tier.budget(
         "[phases]\ntest = { floor = 0.1, ceiling = 30 }\n[each]\nstart = { ceiling = 9.5 }\n"

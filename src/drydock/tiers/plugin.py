@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 import traceback
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -100,6 +101,9 @@ def _begin(config: pytest.Config) -> Tier:
         pytest.UsageError: an option is missing.
         SystemExit: the budgets or the profile are wrong (status 2), or the session has no time left (1).
     """
+    # The tier's time is that of its process: Python's and pytest's own start is a part of it. Asked here, since it is
+    # another process after the link is made, pytest being the child of what then is the watchdog.
+    began = time.monotonic() - age()
     options = config.known_args_namespace
     missing = [name for name in ("tier", "profile", "image", "results") if not getattr(options, name)]
     if missing:
@@ -133,7 +137,7 @@ def _begin(config: pytest.Config) -> Tier:
             results=str(options.results.absolute()),
             budget=budget and budget.document(),
             session_seconds=options.session_seconds,
-            age=age(),
+            began=began,
             profile_values=profile.document(),
             grace=GRACE_SECONDS,
             still=STILL_SECONDS,

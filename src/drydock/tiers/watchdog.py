@@ -74,8 +74,7 @@ class Watchdog:
         self._exit: float = order["exit"]
         self._results = Path(order["results"])
         self._ledger = Ledger(
-            # The tier's time is that of its process: Python's and pytest's own start is a part of it.
-            order["at"] - order["age"],
+            order["began"],
             tier=order["tier"],
             profile=order["profile"],
             image=order["image"],

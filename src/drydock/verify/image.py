@@ -154,10 +154,10 @@ def open_image(root: Path) -> Image:
     """Walk the image under `root` and read what it says of itself; raises as `read_manifest`."""
     tree = Tree(root)
     manifest = read_manifest(tree)
-    in_prefix = tree.walk(manifest.prefix)
     # Of a vendor's base nobody here knows the files.
     folders = () if manifest.vendor else BASE_FOLDERS
-    in_base = {path: seen for folder in folders for path, seen in tree.walk(folder).items()}
+    in_prefix, *below = tree.walk(manifest.prefix, *folders)
+    in_base = {path: seen for found in below for path, seen in found.items()}
     base: Rows = {}
     findings: list[Finding] = []
     with contextlib.suppress(OSError, csv.Error):  # `check_debs` reports it

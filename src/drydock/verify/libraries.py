@@ -59,8 +59,7 @@ def read_objects(image: Image, loader: Loader) -> tuple[dict[str, ElfObject], li
 def _vendors(image: Image) -> set[str]:
     """Libraries in the distributions of a vendor's base: by name, since its torch has as many objects as we have."""
     folders = image.manifest.vendor.site_packages if image.manifest.vendor else ()
-    walked = (image.tree.walk(folder) for folder in folders)
-    return {path.rpartition("/")[2] for folder in walked for path in folder if ".so" in path}
+    return {path.rpartition("/")[2] for found in image.tree.walk(*folders) for path in found if ".so" in path}
 
 
 def check_libraries(image: Image) -> Outcome:

@@ -58,8 +58,9 @@ def _scan(root: str, folder: str) -> tuple[dict[str, Seen], list[str]]:
     return found, folders
 
 
-def _walk_below(root: str, tops: Sequence[str]) -> Listing:
-    """The listing of everything under these folders."""
+def _walk_below(root: str, task: tuple[int, Sequence[str]]) -> tuple[int, Listing]:
+    """The listing of everything under some folders, with the number that they came with."""
+    number, tops = task
     found = []
     folders = list(tops)
     while folders:
@@ -68,7 +69,7 @@ def _walk_below(root: str, tops: Sequence[str]) -> Listing:
         skip = len(folder) + 1
         found.append((folder, [(path[skip:], *seen) for path, seen in files.items()]))
         folders += inner
-    return found
+    return number, found
 
 
 class Tree:
@@ -83,30 +84,43 @@ class Tree:
         """The path for the system's calls."""
         return os.path.join(self.root, path)  # noqa: PTH118, this runs 150,000 times
 
-    def walk(self, top: str) -> dict[str, Seen]:
-        """Everything under a folder but folders; a missing or unreadable folder is empty."""
-        found, folders = _scan(self.root, top)
-        # Where nothing is in memory yet, the disk's answers take the time, and many can be asked for at once; where
-        # all is, it is Python's own work, which threads would only hinder.
-        while folders and len(folders) < SPREAD:
-            inner = []
-            for folder in folders:
-                files, below = _scan(self.root, folder)
-                found |= files
-                inner += below
-            folders = inner
+    def walk(self, *tops: str) -> list[dict[str, Seen]]:
+        """For each folder, everything under it but folders; a missing or unreadable one is empty."""
+        found: list[dict[str, Seen]] = []
+        left: list[tuple[int, str]] = []
+        for number, top in enumerate(tops):
+            files, folders = _scan(self.root, top)
+            found.append(files)
+            # Where nothing is in memory yet, the disk's answers take the time, and many can be asked for at once; where
+            # all is, it is Python's own work, which threads would only hinder.
+            while folders and len(folders) < SPREAD:
+                inner = []
+                for folder in folders:
+                    files, below = _scan(self.root, folder)
+                    found[number] |= files
+                    inner += below
+                folders = inner
+            left += [(number, folder) for folder in folders]
         with contextlib.ExitStack() as stack:
-            each: Callable[..., Iterable[Listing]] = map
+            each: Callable[..., Iterable[tuple[int, Listing]]] = map
             parts = 1
             # A few folders are not worth a process, and a process pool needs a /dev/shm.
-            if folders and os.access("/dev/shm", os.W_OK):
+            if left and os.access("/dev/shm", os.W_OK):
                 context = multiprocessing.get_context("fork")
+                # One pool for all: starting and ending it takes as long as reading thousands of folders.
                 each = stack.enter_context(ProcessPoolExecutor(WALKERS, context)).map
                 parts = 8 * WALKERS
-            for part in each(partial(_walk_below, self.root), [folders[n::parts] for n in range(parts)]):
-                for folder, files_in in part:
-                    found |= {f"{folder}/{name}": Seen(mode, size) for name, mode, size in files_in}
-        self._walked |= found
+            shares = [
+                (number, [folder for of, folder in left if of == number]) for number in range(len(tops))
+            ]
+            tasks = [
+                (number, share[n::parts]) for number, share in shares for n in range(parts) if share[n::parts]
+            ]
+            for number, listing in each(partial(_walk_below, self.root), tasks):
+                for folder, files_in in listing:
+                    found[number] |= {f"{folder}/{name}": Seen(mode, size) for name, mode, size in files_in}
+        for files in found:
+            self._walked |= files
         return found
 
     def look(self, path: str) -> Seen | None:
