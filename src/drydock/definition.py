@@ -244,8 +244,10 @@ class Image:
     def vendor(self) -> VendorBase | None:
         """The vendor's image that it stands on, or None for one on Debian."""
         base = self.definition.base
-        if not isinstance(base, VendorBase) or not self.variant:
-            return base if isinstance(base, VendorBase) else None
+        if not isinstance(base, VendorBase):
+            return None
+        if not self.variant:
+            return base
         variant = base.variants[self.variant]
         return base.model_copy(update={"digest": variant.digest, "version": variant.version})
 
