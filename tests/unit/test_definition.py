@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from project import REPOSITORY, VENDOR_DEFINITION
 
+from drydock import relock
 from drydock.definition import Image, image_names, read_definition
 from drydock.errors import DrydockError
 from drydock.locks import resolution_inputs
@@ -44,6 +45,8 @@ def test_a_variant_is_an_image_with_its_own_base_and_the_same_lock(tmp_path: Pat
     assert base.pylock_path == other.pylock_path
     assert resolution_inputs(base) == resolution_inputs(other)
     assert base.provides == other.provides == {"torch": "2.10.0"}
+    rows = relock.check([base, other])["locks"]
+    assert [row["lock"] for row in rows] == ["base-box", "base-box-b2", "pylock.box-mini"]
 
 
 @pytest.mark.parametrize("name", ["box-b2", "box-mini-", "box-mini-b3", "box-maxi-b2"])
