@@ -1,6 +1,6 @@
 # drydock's entry points. `make help` lists them; every target bootstraps what it needs first.
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap image-cpu image-h100 image-gb200 smoke test lint clean
+.PHONY: help bootstrap image-cpu image-h100 image-gb200 image-ascend smoke test lint clean
 
 # The first Python of at least 3.11 that really starts (a version manager's shim may not).
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3.14 python3,\
@@ -31,6 +31,9 @@ image-h100: bootstrap ## build the image for NVIDIA H100 and H200, x86-64
 
 image-gb200: bootstrap ## build the image for NVIDIA GB200, aarch64 (on any machine, no emulation)
 	$(BIN)/drydock build gb200-$(ENGINE)
+
+image-ascend: bootstrap ## build the image for Huawei Ascend, aarch64, over the vendor's (ENGINE=vllm: Atlas A2; vllm-a3: A3)
+	$(BIN)/drydock build ascend-$(ENGINE)
 
 smoke: bootstrap ## the main job: build the image for this machine, verify it, run its fast tiers in it
 	$(BIN)/nox -s $(ENGINE)_fast -- $(ARGS)

@@ -20,10 +20,10 @@ from common import Document, Parser, main, say
 
 from drydock.definition import Image
 from drydock.errors import DrydockError
-from drydock.hardware import gpus_here
 from drydock.oci import read_image
 from drydock.project import open_store, project_root
 from drydock.runtime import RESULTS, Choice, Task, choose
+from drydock.tiers.device import device_for
 
 INSIDE = """
 import json, os, pathlib, subprocess, sys, tempfile, time
@@ -68,6 +68,7 @@ def measure(arguments: Namespace) -> Document:
         raise DrydockError(f"--module {arguments.module!r} is not the name of a module")
     root = project_root()
     image = Image.named(root, arguments.image)
+    kind = image.definition.accelerator.kind
     store = open_store(root)
     built = read_image(store, image.name)
     runtime = choose(cast(Choice, arguments.runtime))
@@ -85,7 +86,7 @@ def measure(arguments: Namespace) -> Document:
             ),
             checkout=root,
             results=Path(results),
-            gpus=image.definition.accelerator.kind == "cuda" and gpus_here() > 0,
+            accelerator=kind if device_for(kind).here() else "none",
         )
         status = runtime.run(store, built, task)
         if status:

@@ -67,7 +67,7 @@ class ChrootRuntime:
         if missing(store, built.layers):
             raise DrydockError(f"{built.name} is not unpacked in {store.root}: prepare it first")
         check_architecture(built, platform.machine())
-        devices, links = driver_files() if task.gpus else ([], {})
+        devices, links = driver_files(task.accelerator) if task.accelerator != "none" else ([], {})
         layers = dict.fromkeys(folder(store, layer).name for layer in reversed(built.layers))
         entry = Entry(
             layers=list(layers),
@@ -79,7 +79,7 @@ class ChrootRuntime:
             ordinary_user=task.user == "drydock",
             interactive=task.interactive,
             terminal=task.interactive and sys.stdin.isatty(),
-            drivers=task.gpus,
+            drivers=task.accelerator != "none",
         )
         return _run(store, entry)
 

@@ -325,10 +325,10 @@ def _task(root: Path, results: Path | None, command: list[str], **extra: Any) ->
     return Task(command=tuple(command), checkout=root, results=results or root / "results", **extra)
 
 
-def _prepared(root: Path, name: str, runtime_name: str) -> tuple[Any, Store, Built, bool]:
-    """A runtime that holds the image, and whether there are GPUs here that the image is for."""
-    from drydock.hardware import gpus_here
+def _prepared(root: Path, name: str, runtime_name: str) -> tuple[Any, Store, Built, str]:
+    """A runtime that holds the image, and the kind of accelerator it is for, `none` where there is none here."""
     from drydock.runtime import choose
+    from drydock.tiers.device import device_for
     from drydock.vendor import have_layers
 
     if runtime_name not in ("auto", "docker", "chroot"):
@@ -339,7 +339,8 @@ def _prepared(root: Path, name: str, runtime_name: str) -> tuple[Any, Store, Bui
     runtime = choose(runtime_name)  # type: ignore[arg-type]
     have_layers(store, image, built, os.environ)
     runtime.prepare(store, built)
-    return runtime, store, built, image.definition.accelerator.kind == "cuda" and gpus_here() > 0
+    kind = image.definition.accelerator.kind
+    return runtime, store, built, kind if device_for(kind).here() else "none"
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -368,8 +369,11 @@ def run(
         if not separator:
             raise DrydockError(f"--env {text!r} is not NAME=VALUE")
         variables[key] = value
-    chosen, store, built, gpus = _prepared(root, name, runtime)
-    task = _task(root, results, command, environment=variables, user=user, interactive=interactive, gpus=gpus)
+    chosen, store, built, accelerator = _prepared(root, name, runtime)
+    task = _task(
+        root, results, command,
+        environment=variables, user=user, interactive=interactive, accelerator=accelerator,
+    )  # fmt: skip
     raise typer.Exit(chosen.run(store, built, task))
 
 
@@ -392,7 +396,7 @@ def verify(
 
         raise typer.Exit(verify_here(options))
     root = project_root()
-    chosen, store, built, gpus = _prepared(root, name, runtime)
+    chosen, store, built, accelerator = _prepared(root, name, runtime)
     # Only drydock's own package is mounted, at /drydock, so the verifier is ours whatever the checkout is.
     # No bytecode: what Python would write beside its library would be a stray to it.
     task = _task(
@@ -400,7 +404,7 @@ def verify(
         root / "results",
         ["python", "-m", "drydock.verify", *options],
         environment={"PYTHONPATH": "/", "PYTHONDONTWRITEBYTECODE": "1"},
-        gpus=gpus,
+        accelerator=accelerator,
     )
     raise typer.Exit(chosen.run(store, built, task))
 

@@ -26,7 +26,11 @@ def image_names() -> list[str]:
     for path in _files("images", "*/*.toml"):
         # One that somebody is about to mend hides no other.
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            names += [f"{path.parent.name}-{engine}" for engine in tomllib.loads(path.read_text())["engine"]]
+            definition = tomllib.loads(path.read_text())
+            variants = ["", *(f"-{variant}" for variant in definition["base"].get("variants", {}))]
+            names += [
+                f"{path.parent.name}-{engine}{end}" for engine in definition["engine"] for end in variants
+            ]
     return sorted(names)
 
 

@@ -15,6 +15,7 @@ from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from drydock.errors import DrydockError
+from drydock.npu_smi import version_key
 
 
 def _requirement(text: str) -> str:
@@ -63,12 +64,15 @@ class Accelerator(Model):
     """The device an image is compiled for.
 
     `minimum_driver` is the host driver's lowest version; `sm` lists CUDA compute capabilities as NVIDIA
-    writes them without the dot ("90" for Hopper).
+    writes them without the dot ("90" for Hopper). Of an Ascend NPU, `soc` lists what `npu-smi info` calls its chips
+    (fnmatch patterns), and `cann` is the version of CANN in the image.
     """
 
-    kind: Literal["none", "cuda"]
+    kind: Literal["none", "cuda", "npu"]
     minimum_driver: str | None = None
     sm: tuple[str, ...] = ()
+    soc: tuple[str, ...] = ()
+    cann: str | None = None
 
 
 class DebianBase(Model):
@@ -86,12 +90,25 @@ def _digest(text: str) -> str:
     return text
 
 
+class Variant(Model):
+    """Another build of the same base for other chips: its digest, its version, and what npu-smi calls the chips.
+
+    What it provides is the same, so its images share one lock of Python packages with the base's own, and `verify`
+    says where one of them holds something else.
+    """
+
+    digest: Annotated[str, AfterValidator(_digest)]
+    version: str
+    soc: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
 class VendorBase(Model):
     """Somebody else's image, by digest, for what has no wheels in reach: our layers go on top of its own.
 
     `repository` is its name at a registry, which the user's configuration names; `version` is what its publisher
     calls it. `provides` are distributions that it holds, normalized name -> version: the resolver takes them as
-    given, the lock leaves them out, and `verify` looks for them in `site_packages`.
+    given, the lock leaves them out, and `verify` looks for them in `site_packages`. Each of `variants` is an image
+    of its own, `<hardware>-<engine>-<variant>`.
     """
 
     kind: Literal["image"]
@@ -102,6 +119,7 @@ class VendorBase(Model):
     interpreter: ImagePath
     site_packages: Annotated[tuple[ImagePath, ...], Field(min_length=1)]
     provides: dict[str, VersionText] = {}
+    variants: dict[Annotated[str, Field(pattern="^[a-z0-9]+$")], Variant] = {}
 
 
 Base = Annotated[DebianBase | VendorBase, Field(discriminator="kind")]
@@ -159,6 +177,10 @@ class Engine(Model):
     foreign_objects: dict[str, Reason] = Field(
         default={}, description="paths (fnmatch patterns) of ELF objects for another architecture"
     )
+    absent_distributions: dict[str, Reason] = Field(
+        default={},
+        description="what the stack is made with elsewhere and no index has: `verify` says it is missing",
+    )
 
 
 class Definition(Model):
@@ -196,23 +218,44 @@ class Image:
     """One image: a definition, one of its engines, and, on Debian, the request for its base.
 
     >>> Image.named(Path("."), "cpu-vllm").engine.requirements
+
+    Parameters:
+        variant: of the base; the base's own digest without.
     """
 
     def __init__(
-        self, root: Path, path: Path, definition: Definition, engine: str, base: DebianRequest | None
+        self,
+        root: Path,
+        path: Path,
+        definition: Definition,
+        engine: str,
+        base: DebianRequest | None,
+        variant: str = "",
     ) -> None:
         self.root = root
         self.definition_path = path
         self.definition = definition
         self.engine_name = engine
         self.engine = definition.engine[engine]
+        self.variant = variant
         self._base = base
 
     @property
     def vendor(self) -> VendorBase | None:
         """The vendor's image that it stands on, or None for one on Debian."""
         base = self.definition.base
-        return base if isinstance(base, VendorBase) else None
+        if not isinstance(base, VendorBase):
+            return None
+        if not self.variant:
+            return base
+        variant = base.variants[self.variant]
+        return base.model_copy(update={"digest": variant.digest, "version": variant.version})
+
+    @property
+    def soc(self) -> tuple[str, ...]:
+        """What npu-smi calls the chips that it is made for (fnmatch patterns); none but of NPUs."""
+        variants = _variants(self.definition)
+        return variants[self.variant].soc if self.variant else self.definition.accelerator.soc
 
     @property
     def provides(self) -> dict[str, str]:
@@ -228,7 +271,8 @@ class Image:
     @property
     def vendor_lock_path(self) -> Path:
         """The lock of the vendor's image, which all engines of one definition share."""
-        of = self.name if self.definition_path.name != COMMON else self.definition.hardware
+        common = f"{self.definition.hardware}-{self.variant}" if self.variant else self.definition.hardware
+        of = self.name if self.definition_path.name != COMMON else common
         return self.root / "lock" / f"base-{of}.toml"
 
     @property
@@ -244,6 +288,11 @@ class Image:
 
     @property
     def name(self) -> str:
+        return f"{self.locked_as}-{self.variant}" if self.variant else self.locked_as
+
+    @property
+    def locked_as(self) -> str:
+        """The image whose lock of Python packages it has: all variants of a base provide the same."""
         return f"{self.definition.hardware}-{self.engine_name}"
 
     @property
@@ -253,7 +302,7 @@ class Image:
 
     @property
     def pylock_path(self) -> Path:
-        return self.root / "lock" / f"pylock.{self.name}.toml"
+        return self.root / "lock" / f"pylock.{self.locked_as}.toml"
 
     @property
     def debian_lock_path(self) -> Path:
@@ -261,24 +310,29 @@ class Image:
 
     @classmethod
     def named(cls, root: Path, name: str) -> Image:
-        """Find an image by its name, `<hardware>-<engine>` or `<hardware>` for the default engine.
+        """Find an image by its name, `<hardware>-<engine>` or `<hardware>` for the default engine; with `-<variant>`
+        behind the engine, the one for those chips.
 
         Raises:
-            DrydockError: there is no such hardware or engine; the line lists those there are.
+            DrydockError: there is no such hardware, engine or variant; the line lists those there are.
         """
-        hardware, _, engine = name.partition("-")
-        path = root / definition_file(root, hardware, engine)
+        hardware, _, rest = name.partition("-")
+        path = root / definition_file(root, hardware, rest)
         if not path.is_file():
             raise DrydockError(f"unknown image {name!r}: there are {', '.join(image_names(root))}")
         definition = read_definition(path)
-        engine = engine or definition.default_engine
+        engine, variant = rest or definition.default_engine, ""
         if engine not in definition.engine:
-            raise DrydockError(
-                f"unknown image {name!r}: {hardware} has the engine(s) {', '.join(sorted(definition.engine))} "
-                f"(engine.* in {path.relative_to(root)}, or a file of its own beside it)"
-            )
+            engine, _, variant = engine.rpartition("-")
+            variants = _variants(definition)
+            if engine not in definition.engine or variant not in variants:
+                raise DrydockError(
+                    f"unknown image {name!r}: {hardware} has the engine(s) {', '.join(sorted(definition.engine))} "
+                    f"(engine.* in {path.relative_to(root)}, or a file of its own beside it)"
+                    + (f", each as {', '.join(sorted(variants))} too (base.variants)" if variants else "")
+                )
         if isinstance(definition.base, VendorBase):
-            return cls(root, path, definition, engine, None)
+            return cls(root, path, definition, engine, None, variant)
         request = root / "images" / f"debian-{definition.base.release}.toml"
         if not request.is_file():
             raise DrydockError(
@@ -290,9 +344,16 @@ class Image:
 
 def definition_file(root: Path, hardware: str, engine: str) -> str:
     """Where an image is defined, as a path in the checkout: the engine's own file, where it has a base or a Python that
-    others of its hardware have not, else the hardware's common one."""
-    own = f"images/{hardware}/{engine}.toml"
-    return own if engine and (root / own).is_file() else f"images/{hardware}/{COMMON}"
+    others of its hardware have not, else the hardware's common one. `engine` may have a variant behind it."""
+    for name in (engine, engine.rpartition("-")[0]):
+        own = f"images/{hardware}/{name}.toml"
+        if name and (root / own).is_file():
+            return own
+    return f"images/{hardware}/{COMMON}"
+
+
+def _variants(definition: Definition) -> dict[str, Variant]:
+    return definition.base.variants if isinstance(definition.base, VendorBase) else {}
 
 
 def debian_lock_path(root: Path, release: int, architecture: str) -> Path:
@@ -355,10 +416,21 @@ def read_definition(path: Path) -> Definition:
         definition.accelerator.minimum_driver and definition.accelerator.sm
     ):
         raise DrydockError(f"{path}: accelerator: kind cuda needs minimum-driver and sm")
+    if definition.accelerator.kind == "npu" and not (
+        definition.accelerator.minimum_driver and definition.accelerator.soc and definition.accelerator.cann
+    ):
+        raise DrydockError(f"{path}: accelerator: kind npu needs minimum-driver, soc and cann")
+    if definition.accelerator.kind == "npu":
+        try:
+            version_key(definition.accelerator.minimum_driver or "")
+        except ValueError as error:
+            raise DrydockError(f"{path}: accelerator.minimum-driver: {error}") from error
+    if definition.accelerator.kind != "npu" and (definition.accelerator.soc or definition.accelerator.cann):
+        raise DrydockError(f"{path}: accelerator: soc and cann are of kind npu")
     named = {
         f"engine.{engine_name}.{table.replace('_', '-')}": getattr(engine, table)
         for engine_name, engine in definition.engine.items()
-        for table in ("overrides", "exclusions", "source_builds", "overlaps")
+        for table in ("overrides", "exclusions", "source_builds", "overlaps", "absent_distributions")
     }
     if isinstance(definition.base, VendorBase):
         named = {"base.provides": definition.base.provides, **named}
@@ -381,5 +453,7 @@ def image_names(root: Path) -> list[str]:
     names = []
     for path in (root / "images").glob("*/*.toml"):
         definition = read_definition(path)
-        names += [f"{definition.hardware}-{engine}" for engine in definition.engine]
+        for engine in definition.engine:
+            name = f"{definition.hardware}-{engine}"
+            names += [name, *(f"{name}-{variant}" for variant in _variants(definition))]
     return sorted(names)

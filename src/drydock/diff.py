@@ -73,7 +73,10 @@ def _earlier(root: Path, name: str, revision: str) -> Side:
         vendor_lock = f"lock/base-{hardware}.toml"
         definition = _toml(root, revision, f"images/{hardware}/{COMMON}")
     try:
-        engine = engine or definition["default-engine"]
+        named = engine = engine or definition["default-engine"]
+        if engine not in definition["engine"]:
+            engine, _, variant = engine.rpartition("-")
+            vendor_lock = f"lock/base-{hardware}-{variant}.toml"
         environment = definition["engine"][engine].get("environment", {})
         if definition["base"]["kind"] == "image":
             base = vendor_lock
@@ -84,7 +87,7 @@ def _earlier(root: Path, name: str, revision: str) -> Side:
             f"{name} is no image in {revision!r}: {error!r} is not in its definition"
         ) from error
     return Side(
-        name=f"{hardware}-{engine}@{revision}",
+        name=f"{hardware}-{named}@{revision}",
         python=versions_in(_toml(root, revision, f"lock/pylock.{hardware}-{engine}.toml")),
         base=versions_in(_toml(root, revision, base)),
         environment=environment,

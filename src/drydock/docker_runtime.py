@@ -20,6 +20,7 @@ from docker.types import DeviceRequest, Mount
 
 from drydock import oci
 from drydock.definition import Image
+from drydock.drivers import driver_files
 from drydock.errors import DrydockError
 from drydock.namespaces import USER_ID
 from drydock.oci import Built
@@ -197,6 +198,15 @@ class DockerRuntime:
                     container.remove(force=True, v=True)
 
     def _create(self, built: Built, task: Task) -> Container:
+        requests = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if task.accelerator == "cuda" else []
+        # What NVIDIA's toolkit does for the engine there, is done here for NPUs, for which few engines have one.
+        files = driver_files("npu")[0] if task.accelerator == "npu" else []
+        devices = [f"{file.source}:{file.target}:rwm" for file in files if file.target.startswith("/dev/")]
+        mounts = [
+            Mount(file.target, file.source, type="bind", read_only=True)
+            for file in files
+            if not file.target.startswith("/dev/")
+        ]
         try:
             return self._client.containers.create(
                 built.reference,
@@ -212,8 +222,10 @@ class DockerRuntime:
                         Mount(target, str(source.absolute()), type="bind", read_only=True)
                         for target, source in task.inputs.items()
                     ),
+                    *mounts,
                 ],
-                device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if task.gpus else [],
+                devices=devices,
+                device_requests=requests,
                 init=True,
                 shm_size=SHARED_MEMORY,
                 platform=f"linux/{built.architecture}",

@@ -5,6 +5,7 @@ Each check tries the thing itself: the Docker engine is asked, namespaces are ma
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -18,11 +19,13 @@ import httpx
 
 from drydock import npu_smi
 from drydock.definition import MACHINES, Architecture
+from drydock.drivers import missing_files
 from drydock.errors import DrydockError
-from drydock.hardware import cuda_definition, device_here, gpus_here, npus_here
+from drydock.hardware import definition_for, used_here
 from drydock.progress import amount
 from drydock.runtime import runs
 from drydock.store import Store
+from drydock.tiers.device import CUDA, NPU
 from drydock.verify.accelerator import version_numbers
 
 State = Literal["ok", "limited", "missing"]
@@ -57,7 +60,7 @@ def examine(
         _docker,
         lambda: _chroot(store),
         lambda: _gpu(root),
-        _npu,
+        lambda: _npu(root),
         lambda: _disk(store),
     ]
     checks += [] if offline else [lambda: _index(environ), lambda: _mirror(environ)]
@@ -127,19 +130,19 @@ def _chroot(store: Store) -> Finding:
 
 
 def _gpu(root: Path) -> Finding:
-    if not gpus_here():
+    if not CUDA.here():
         return Finding(
             what="NVIDIA GPUs", state="missing", detail="none that the driver shows",
             advice="--hardware cpu runs here; --cpu-part runs what needs no GPU in an image for one",
         )  # fmt: skip
-    gpus: list[dict[str, Any]] = device_here(True)["gpus"]
+    gpus: list[dict[str, Any]] = used_here(CUDA)["gpus"]
     if not gpus:
         return Finding(
-            what="NVIDIA GPUs", state="limited", detail=f"{gpus_here()} device files, and nvidia-smi does not answer",
+            what="NVIDIA GPUs", state="limited", detail=f"{CUDA.here()} device files, and nvidia-smi does not answer",
             advice="see whether the driver is loaded and of the same version as its libraries",
         )  # fmt: skip
     each = f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver']}"
-    definition = cuda_definition(root)
+    definition = definition_for(root, CUDA)
     minimum = definition.accelerator.minimum_driver if definition else None
     if definition and minimum and version_numbers(gpus[0]["driver"]) < version_numbers(minimum):
         return Finding(
@@ -149,21 +152,37 @@ def _gpu(root: Path) -> Finding:
     return Finding(what="NVIDIA GPUs", state="ok", detail=each)
 
 
-def _npu() -> Finding:
-    if not npus_here():
-        return Finding(what="Ascend NPUs", state="missing", detail="no /dev/davinci device")
+def _npu(root: Path) -> Finding:
+    what = "Ascend NPUs"
+    if not NPU.here():
+        return Finding(what=what, state="missing", detail="none that the driver shows")
     try:
         seen = npu_smi.look()
     except npu_smi.NpuSmiError as error:
         return Finding(
-            what="Ascend NPUs", state="limited", detail=f"{npus_here()} device files, and {error}",
+            what=what, state="limited", detail=f"{NPU.here()} device files, and {error}",
             advice="see whether the driver is loaded",
         )  # fmt: skip
-    return Finding(
-        what="Ascend NPUs", state="limited",
-        detail=f"{len(seen.npus)} x {seen.npus[0].name}, driver {seen.driver}",
-        advice="there is no image for them yet",
-    )  # fmt: skip
+    each = f"{len(seen.npus)} x {seen.npus[0].name}, driver {seen.driver}"
+    ill = [f"{npu.place} ({npu.health})" for npu in seen.npus if npu.health != "OK"]
+    definition = definition_for(root, NPU)
+    if definition is None:
+        return Finding(
+            what=what, state="limited", detail=each,
+            advice=f"there is no image for NPUs on {platform.machine()}: for aarch64 there is",
+        )  # fmt: skip
+    wanted = []
+    minimum = definition.accelerator.minimum_driver or ""
+    with contextlib.suppress(ValueError):
+        if npu_smi.version_key(seen.driver) < npu_smi.version_key(minimum):
+            wanted.append(f"images of {definition.hardware} need a driver of {minimum} or newer")
+    if lacking := missing_files():
+        wanted.append(
+            f"install the driver anew: {', '.join(lacking)} is not there, which a container is given"
+        )
+    if ill:
+        wanted.append(f"see `npu-smi info`, which does not call these well: {', '.join(ill)}")
+    return Finding(what=what, state="limited" if wanted else "ok", detail=each, advice="; ".join(wanted))
 
 
 def _disk(store: Store) -> Finding:

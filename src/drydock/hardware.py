@@ -6,42 +6,53 @@ import contextlib
 import os
 import platform
 import subprocess
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from drydock.definition import MACHINES, Definition, image_names, read_definition
-
-
-def gpus_here() -> int:
-    """How many NVIDIA GPUs the driver shows on this machine."""
-    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
-
-
-def npus_here() -> int:
-    """How many Ascend NPUs the driver shows on this machine."""
-    return len(list(Path("/dev").glob("davinci[0-9]*")))
+from drydock import npu_smi
+from drydock.definition import MACHINES, Definition, VendorBase, image_names, read_definition
+from drydock.tiers.device import CPU, CUDA, NPU, Device, device_here
 
 
 def hardware_here(root: Path) -> str:
     """The hardware folder under `images/` that fits this machine; `cpu` where there is no accelerator.
 
-    With GPUs, the CUDA image of this machine's architecture: x86-64 is h100, aarch64 is gb200.
+    With GPUs, the CUDA image of this machine's architecture: x86-64 is h100, aarch64 is gb200. With NPUs, ascend.
     """
-    definition = cuda_definition(root) if gpus_here() else None
+    device = device_here()
+    definition = definition_for(root, device) if device is not CPU else None
     return definition.hardware if definition else "cpu"
 
 
-def cuda_definition(root: Path) -> Definition | None:
-    """The definition of CUDA images for this machine's architecture, if there is one."""
+def variant_here(definition: Definition) -> str:
+    """The variant of a definition's base that is made for the chips of this machine, with the hyphen before it; nothing
+    for the base's own, and where the driver does not say which chips there are."""
+    base = definition.base
+    if not isinstance(base, VendorBase) or not base.variants or not NPU.here():
+        return ""
+    with contextlib.suppress(npu_smi.NpuSmiError):
+        names = {npu.name for npu in npu_smi.look().npus}
+        for variant, built in base.variants.items():
+            if any(fnmatchcase(name, pattern) for name in names for pattern in built.soc):
+                return f"-{variant}"
+    return ""
+
+
+def definition_for(root: Path, device: Device) -> Definition | None:
+    """The definition of images for a kind of accelerator and this machine's architecture, if there is one."""
     for name in image_names(root):
         definition = read_definition(root / "images" / name.partition("-")[0] / "image.toml")
-        if definition.accelerator.kind == "cuda" and MACHINES[definition.architecture] == platform.machine():
+        if (
+            definition.accelerator.kind == device.kind
+            and MACHINES[definition.architecture] == platform.machine()
+        ):
             return definition
     return None
 
 
-def device_here(cuda: bool) -> dict[str, Any]:
-    """What tests ran on: the CPU's model, cores and bytes of memory, and the GPUs where they were used."""
+def used_here(device: Device) -> dict[str, Any]:
+    """What tests ran on: the CPU's model, cores and bytes of memory, and the accelerators of a kind that were used."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -49,12 +60,23 @@ def device_here(cuda: bool) -> dict[str, Any]:
                 model = line.partition(":")[2].strip()
                 break
     return {
-        "kind": "cuda" if cuda else "cpu",
+        "kind": device.kind,
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": _gpus() if cuda else [],
+        "gpus": _gpus() if device is CUDA else [],
+        "npus": _npus() if device is NPU else [],
     }
+
+
+def _npus() -> list[dict[str, Any]]:
+    try:
+        seen = npu_smi.look()
+    except npu_smi.NpuSmiError:
+        return []
+    return [
+        {"name": npu.name, "memory_bytes": npu.total_mib << 20, "driver": seen.driver} for npu in seen.npus
+    ]
 
 
 def _gpus() -> list[dict[str, Any]]:

@@ -19,7 +19,19 @@ HEADER = """# What there is, and how far it has been proven
 
 Made by `drydock matrix --write` from definitions, locks and the runs in [runs](runs/README.md); a test keeps it so.
 """
-HELD = ("image", "engine", "trainer", "torch", "CUDA", "NCCL", "driver", "sm", "Python", "digest", "GB")
+HELD = (
+    "image",
+    "engine",
+    "trainer",
+    "torch",
+    "CUDA",
+    "NCCL",
+    "driver",
+    "sm or SoC",
+    "Python",
+    "digest",
+    "GB",
+)
 PROVEN = ("image", "locked", "built", "verified", "run on a CPU", "run on its device")
 
 
@@ -53,7 +65,7 @@ def proven(root: Path) -> list[str]:
                 f"`{record['digest'][:19]}`" if record else "",
                 _marks(own, record, "verified"),
                 _marks(own, record, "cpu"),
-                _marks(own, record, "cuda"),
+                _marks(own, record, image.definition.accelerator.kind),
             )
         )
     return table(PROVEN, rows)
@@ -83,7 +95,7 @@ def _held(image: Image, record: dict[str, object] | None) -> tuple[str, ...]:
         versions.get("nvidia-cuda-runtime", "-") if cuda else "-",
         versions.get("nvidia-nccl-cu13", "-") if cuda else "-",
         definition.accelerator.minimum_driver or "-",
-        ", ".join(definition.accelerator.sm) or "-",
+        ", ".join(definition.accelerator.sm or image.soc) or "-",
         python,
         f"`{str(record['digest'])[:19]}`" if record else "-",
         f"{int(str(record['size'])) / 1e9:.2f}" if record else "-",

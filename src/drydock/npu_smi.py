@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 SECONDS = 60.0
 """It asks every card, one after the other."""
 BUS = re.compile(r"[0-9A-Fa-f]{4}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.\d")
 PAIR = re.compile(r"(\d+)\s*/\s*(\d+)")
+NUMBERS = 6
+"""Of a driver's version, to be compared: more than any has."""
 
 
 class NpuSmiError(Exception):
@@ -60,6 +63,29 @@ class Seen(NamedTuple):
     driver: str
     npus: tuple[Npu, ...]
     processes: tuple[Process, ...]
+
+
+def device_files(dev: Path = Path("/dev")) -> list[Path]:
+    """The device file of each chip, as the driver makes them; none where there is no driver."""
+    return sorted(path for path in dev.glob("davinci[0-9]*") if path.name[7:].isdigit())
+
+
+def version_key(version: str) -> tuple[tuple[int, int], ...]:
+    """A driver's version, to be compared: 24.1.RC3, 24.1.0, 25.0.RC1, 25.0.rc1.1, 25.2.1, 26.0.RC1, 26.0.0.
+
+    A release candidate has "RC" and its number where its release has its last one, and comes before it. npu-smi and
+    version.info write it in small letters.
+
+    Raises:
+        ValueError: it is no such version.
+    """
+    key = []
+    for part in version.split("."):
+        match = re.fullmatch(r"(rc)?(\d+)", part, re.IGNORECASE)
+        if match is None:
+            raise ValueError(f"{version!r} is no version of Ascend's driver")
+        key.append((0 if match[1] else 1, int(match[2])))
+    return tuple(key + [(1, 0)] * (NUMBERS - len(key)))
 
 
 def look() -> Seen:

@@ -98,10 +98,10 @@ def lock(
         )
     if not only_base:
         indexes = read_indexes(environ)
-        for image in images:
-            if upgrade and not moving & set(before[image.pylock_path]):
+        for path, image in {image.pylock_path: image for image in images}.items():
+            if upgrade and not moving & set(before[path]):
                 continue
-            lock_image(image, store, indexes, _kept(before[image.pylock_path], moving))
+            lock_image(image, store, indexes, _kept(before[path], moving))
     return [change for path, old in before.items() for change in _changes(path, old, versions(path))]
 
 
@@ -147,8 +147,8 @@ def check(images: list[Image]) -> dict[str, Any]:
             rows.append({"lock": path.stem, "problems": [], "open": unread_line(image)})
         else:
             rows.append({"lock": path.stem, "problems": _vendor_problems(image)})
-    for image in images:
-        rows.append({"lock": f"pylock.{image.name}", "problems": _image_problems(image)})
+    for path, image in {image.pylock_path: image for image in images}.items():
+        rows.append({"lock": path.stem, "problems": _image_problems(image)})
     return {"ok": not any(row["problems"] for row in rows), "locks": rows}
 
 

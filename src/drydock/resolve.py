@@ -89,7 +89,7 @@ def lock_image(
         "packages": packages,
         "tool": {
             "drydock": {
-                "image": image.name,
+                "image": image.locked_as,
                 "platform": platform(image),
                 "python": image.definition.python,
                 "inputs": sha256_json(resolution_inputs(image)),

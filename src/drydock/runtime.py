@@ -43,7 +43,8 @@ class Task:
         environment: added to the image's own; nothing of the host's goes in but TERM.
         user: `root`, or the image's ordinary user `drydock` (uid and gid 1000).
         interactive: standard input goes to the command, as a terminal when it is one.
-        gpus: all of the host's NVIDIA GPUs, with the host driver's libraries.
+        accelerator: `cuda` for all of the host's NVIDIA GPUs, `npu` for all of its Ascend NPUs, each with what their
+            driver there brings.
         workdir: where the command starts; made when missing.
     """
 
@@ -54,7 +55,7 @@ class Task:
     environment: dict[str, str] = field(default_factory=dict)
     user: User = "root"
     interactive: bool = False
-    gpus: bool = False
+    accelerator: Literal["none", "cuda", "npu"] = "none"
     workdir: str = RESULTS
 
     def variables(self, built: Built) -> dict[str, str]:

@@ -21,12 +21,13 @@ from typing import Any, NoReturn
 
 from drydock.definition import Image
 from drydock.errors import CheckFailed, DrydockError
-from drydock.hardware import device_here, gpus_here, hardware_here
+from drydock.hardware import hardware_here, used_here, variant_here
 from drydock.oci import Built, read_image
 from drydock.project import get_artifacts, open_store, project_root
 from drydock.runtime import CHECKOUT, MANIFEST, RESULTS, Runtime, Task, choose, inside
 from drydock.store import Store
 from drydock.tiers.budgets import session_ceiling
+from drydock.tiers.device import CPU, Device, device_for
 from drydock.tiers.profiles import kind_of
 
 TIERS = ("rollout", "trainer", "eplb")
@@ -55,12 +56,13 @@ class OutOfTime(SystemExit):
 class Place:
     """Where the session's commands run: an image in a runtime, or this very process's surroundings.
 
-    `checkout` and `results` are the folders as seen there, `inputs` the options' paths as seen there.
+    `device` is what the image is made for. `checkout` and `results` are the folders as seen there, `inputs` the
+    options' paths as seen there.
     """
 
     runtime: str
     image: dict[str, Any]
-    cuda: bool
+    device: Device
     checkout: str
     results: str
     inputs: dict[str, str]
@@ -157,7 +159,7 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
     manifest = json.loads(MANIFEST.read_text()) if inside() else None
     if options.digest and not manifest:
         raise DrydockError("--digest is of the image that this runs in, and this is none: leave it out")
-    name = manifest["image"] if manifest else f"{options.hardware or hardware_here(root)}-{options.engine}"
+    name = manifest["image"] if manifest else _image_name(root, options)
     if not options.unbudgeted:
         # Before minutes of building: without budgets nothing runs.
         budgets = root / "tests" / "budgets.toml"
@@ -171,7 +173,7 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
         place = _place(root, name, folder, record)
     record.clock = time.monotonic()
     record.commit = _commit(root)
-    record.device = device_here(place.cuda and not options.cpu_part)
+    record.device = used_here(CPU if options.cpu_part else place.device)
     try:
         with _deadline(record.ceiling):
             _run(folder, place, record)
@@ -187,6 +189,12 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
         _report(folder, place, record)
     if failures := record.failures():
         raise CheckFailed(f"{record.name} failed: {failures[0]}")
+
+
+def _image_name(root: Path, options: argparse.Namespace) -> str:
+    """The engine's image for the hardware that is asked for or here; of a base in variants, the one for its chips."""
+    name = f"{options.hardware or hardware_here(root)}-{options.engine}"
+    return name + variant_here(Image.named(root, name).definition)
 
 
 def _chosen(options: argparse.Namespace) -> list[str]:
@@ -241,7 +249,7 @@ def _pytest(tier: str, place: Place, record: Record) -> tuple[list[str], dict[st
         "-p", "drydock.tiers.plugin",
         f"--rootdir={place.checkout}", "-c", f"{place.checkout}/pyproject.toml",
         f"--tier={tier}", f"--profile={options.profile}", f"--image={place.image['name']}",
-        f"--engine={options.engine}", f"--accelerator={'cuda' if place.cuda else 'none'}",
+        f"--engine={options.engine}", f"--accelerator={'none' if place.device is CPU else place.device.kind}",
         f"--results={place.results}",
         *(["--cpu-part"] if options.cpu_part else []),
         *(["--unbudgeted"] if options.unbudgeted else []),
@@ -330,8 +338,8 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
 
     given = _inputs(record.options)
     image = Image.named(root, name)
-    cuda = image.definition.accelerator.kind == "cuda"
-    _need_gpus(image, record.options)
+    kind = image.definition.accelerator.kind
+    device = _need_device(image, record.options)
     store = open_store(root)
     runtime = choose(record.options.runtime)
     with record.step("image"):
@@ -346,13 +354,15 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
     print(f"{runtime.name}: ready after {record.steps[-1]['seconds']:.1f} s", flush=True)
 
     def run(command: list[str], environment: dict[str, str]) -> int:
+        # Of an image for NPUs, CANN's own modules are there.
+        ours = _environment(CHECKOUT, built.environment.get("PYTHONPATH", ""))
         task = Task(
             command=tuple(command),
             checkout=root,
             results=folder,
             inputs={INPUTS[name]: path for name, path in given.items()},
-            environment={**_environment(CHECKOUT), **environment},
-            gpus=cuda and not record.options.cpu_part,
+            environment={**ours, **environment},
+            accelerator="none" if record.options.cpu_part else kind,
         )
         return runtime.run(store, built, task)
 
@@ -363,7 +373,7 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
             "digest": f"sha256:{built.digest}",
             "config_digest": f"sha256:{built.config_digest}",
         },
-        cuda=cuda,
+        device=device,
         checkout=CHECKOUT,
         results=RESULTS,
         inputs={name: INPUTS[name] for name in given},
@@ -408,26 +418,32 @@ def _built(image: Image, store: Store) -> Built:
 
 def _inside(root: Path, folder: Path, manifest: dict[str, Any], options: argparse.Namespace) -> Place:
     """Already inside an image, as in a CI job that runs in its container."""
-    cuda = manifest["accelerator"]["kind"] == "cuda"
-    place = _surroundings(root, folder, "inside", manifest["image"], cuda, _inputs(options), [])
+    device = device_for(manifest["accelerator"]["kind"])
+    place = _surroundings(root, folder, "inside", manifest["image"], device, _inputs(options), [])
     return replace(place, image=place.image | {"digest": options.digest})
 
 
 def _in_place(root: Path, folder: Path, name: str, options: argparse.Namespace) -> Place:
     """In an environment that somebody else made, compared with the image's lock as far as that goes."""
     image = Image.named(root, name)
-    cuda = image.definition.accelerator.kind == "cuda"
-    _need_gpus(image, options)
-    return _surroundings(root, folder, "in place", name, cuda, _inputs(options), ["--here", str(root), name])
+    device = _need_device(image, options)
+    return _surroundings(
+        root, folder, "in place", name, device, _inputs(options), ["--here", str(root), name]
+    )
 
 
 def _surroundings(
-    root: Path, folder: Path, runtime: str, name: str, cuda: bool, inputs: dict[str, Path], verify: list[str]
+    root: Path,
+    folder: Path,
+    runtime: str,
+    name: str,
+    device: Device,
+    inputs: dict[str, Path],
+    verify: list[str],
 ) -> Place:
     def run(command: list[str], environment: dict[str, str]) -> int:
-        variables = {**os.environ, **_environment(str(root)), **environment}
-        if "PYTHONPATH" in os.environ:
-            variables["PYTHONPATH"] += f":{os.environ['PYTHONPATH']}"
+        ours = _environment(str(root), os.environ.get("PYTHONPATH", ""))
+        variables = {**os.environ, **ours, **environment}
         # In place there may be no `python` on the path.
         command = [sys.executable, *command[1:]] if command[0] == "python" else command
         return subprocess.run(command, env=variables, check=False).returncode
@@ -435,7 +451,7 @@ def _surroundings(
     return Place(
         runtime=runtime,
         image={"name": name, "digest": None, "config_digest": None},
-        cuda=cuda,
+        device=device,
         checkout=str(root),
         results=str(folder),
         inputs={name: str(path) for name, path in inputs.items()},
@@ -444,17 +460,22 @@ def _surroundings(
     )
 
 
-def _need_gpus(image: Image, options: argparse.Namespace) -> None:
-    if image.definition.accelerator.kind == "cuda" and not options.cpu_part and not gpus_here():
+def _need_device(image: Image, options: argparse.Namespace) -> Device:
+    """What the image is made for, of which there is to be one here."""
+    device = device_for(image.definition.accelerator.kind)
+    if device is not CPU and not options.cpu_part and not device.here():
+        vendor = {"GPU": "NVIDIA", "NPU": "Ascend"}[device.word]
         raise DrydockError(
-            f"{image.name} needs an NVIDIA GPU and this machine shows none: run it where there is one, "
+            f"{image.name} needs an {vendor} {device.word} and this machine shows none: run it where there is one, "
             "add --cpu-part for the tests that need none, or name --hardware cpu"
         )
+    return device
 
 
-def _environment(checkout: str) -> dict[str, str]:
+def _environment(checkout: str, below: str) -> dict[str, str]:
+    """What the session's commands get: ours before the PYTHONPATH that is there."""
     # No bytecode of ours beside the image's library: it would be a stray to the next verification.
-    return {"PYTHONPATH": f"{checkout}/src", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {"PYTHONPATH": f"{checkout}/src{below and f':{below}'}", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def _new_folder(parent: Path, began: datetime) -> Path:
@@ -511,7 +532,7 @@ def main() -> None:
     )
     parser.add_argument("engine", help=argparse.SUPPRESS)
     parser.add_argument("profile", choices=PROFILES, help=argparse.SUPPRESS)
-    parser.add_argument("--hardware", help="cpu, h100 or gb200; what this machine has by default")
+    parser.add_argument("--hardware", help="cpu, h100, gb200 or ascend; what this machine has by default")
     parser.add_argument(
         "--runtime", choices=["auto", "docker", "chroot", "here"], default="auto",
         help="what the image runs in; `here` takes the environment that runs this for the image",

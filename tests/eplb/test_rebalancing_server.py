@@ -33,6 +33,7 @@ RANKS = 2
 
 pytestmark = [
     pytest.mark.full("vLLM has EPLB on CUDA and ROCm only; test_served_moe runs its parts on a CPU"),
+    pytest.mark.cuda("vLLM has EPLB on CUDA and ROCm only"),
     pytest.mark.needs(gpus=RANKS),
 ]
 

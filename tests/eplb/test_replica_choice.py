@@ -69,6 +69,7 @@ def test_a_load_that_is_not_counted_is_caught() -> None:
 
 
 @pytest.mark.full("the choice is a kernel that needs a GPU; on a CPU vLLM leaves the experts as they are")
+@pytest.mark.cuda("vLLM has this kernel for CUDA and ROCm only")
 @pytest.mark.needs(gpus=1)
 def test_the_kernel_chooses_and_counts_as_it_says() -> None:
     from vllm.model_executor.layers.fused_moe.router.base_router import eplb_map_to_physical_and_record

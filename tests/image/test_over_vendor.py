@@ -279,6 +279,26 @@ def test_a_base_that_holds_something_else_is_drift(ours: Over) -> None:
         definition.write_text(text)
 
 
+def test_an_image_for_npus_is_held_to_the_definition_that_it_carries(ours: Over) -> None:
+    """Without CANN in its base: what is declared of it is in no manifest, and found missing all the same."""
+    definition = ours.image.definition_path
+    npu = 'kind = "npu"\nminimum-driver = "26.0.RC1"\nsoc = ["910B*"]\ncann = "9.1.0"'
+    absent = '\n[engine.mini.absent-distributions]\nmindspeed = "no index has a wheel of it"\n'
+    definition.write_text(definition.read_text().replace('kind = "none"', npu) + absent)
+    assert build(ours.project, ours.store, name="over-mini").status == 0
+    if os.geteuid() != 0:
+        pytest.skip("a vendor's layers remove files, which takes root")
+    run = ours.drydock("verify", "over-mini", "--runtime", "chroot", "--json")
+    assert run.status == 1, run.stderr
+    checks = {check["name"]: check for check in json.loads(run.stdout)["checks"]}
+    assert [finding["subject"] for finding in checks["cann"]["findings"]] == ["CANN", "torch", "torch-npu"]
+    assert checks["absent"]["state"] == "as-declared"
+    assert checks["absent"]["detail"] == "mindspeed is missing, as declared: no index has a wheel of it"
+    if not list(Path("/dev").glob("davinci[0-9]*")):
+        assert checks["accelerator"]["state"] == "not-run"
+    assert [name for name, check in checks.items() if check["findings"]] == ["cann"]
+
+
 def test_the_other_architectures_is_built_and_its_tree_is_right(
     tmp_path: Path, artifacts: Store, far: Any, other_architecture: Architecture, server: RegistryServer
 ) -> None:

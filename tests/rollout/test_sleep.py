@@ -13,13 +13,15 @@ from client import generate, random_prompt
 from conftest import Launch
 from reference import kind_for
 
+from drydock.tiers.device import device_here
+
 CACHE = 8 << 30
 """Bytes of the KV cache: what must come back, at least."""
 
 
 def free() -> int:
     """Bytes of the first accelerator that nobody holds."""
-    return torch.cuda.mem_get_info(0)[0]
+    return device_here().free_bytes()
 
 
 @pytest.mark.lacks("trtllm", "trtllm-serve keeps its memory: verl has a server under Ray give it back")

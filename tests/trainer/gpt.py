@@ -16,6 +16,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from parallel import Layout
 
+from drydock.tiers.device import device_here
+
 WORDS, LENGTH, ROWS, EXPERTS = 64, 16, 4, 4
 
 
@@ -47,8 +49,8 @@ def run_pass(layout: Layout, experts: bool, misplaced: str = "") -> Pass:
         experts: a mixture of experts instead of the dense MLP.
         misplaced: a fault: a parameter whose name has this gets the neighbour's shard, or expert.
     """
-    torch.cuda.set_device(torch.distributed.get_rank())
-    device = torch.cuda.current_device()
+    device = device_here().at(torch.distributed.get_rank())
+    device_here().module().set_device(device)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp, expert_model_parallel_size=layout.ep,
         context_parallel_size=layout.cp, distributed_timeout_minutes=1,

@@ -1,7 +1,7 @@
 """Runs a function in the ranks of a process group, processes of their own, and says what became of each.
 
-With gloo the processes are forked from one that has imported torch, verl and megatron-core and has run nothing: each is
-as new as a spawned one, without seconds of imports.
+On the CPU the processes are forked from one that has imported torch, verl and megatron-core and has run nothing: each
+is as new as a spawned one, without seconds of imports.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from unittest import mock
 
 import torch.distributed
 
+from drydock.tiers.device import CPU, Device, hidden
+
 Result = TypeVar("Result")
 PRELOAD = [
     "torch.distributed.fsdp",
@@ -41,32 +43,31 @@ def run_ranks(
     world: int,
     *arguments: Any,
     deadline: float = 90.0,
-    backend: str = "gloo",
+    device: Device = CPU,
 ) -> list[Result]:
     """`function(*arguments)` in each of `world` ranks; what they return, by rank.
 
     Parameters:
         function: a module's own; its result goes through a pipe.
         deadline: seconds for all of it. What is not done then is killed.
-        backend: with gloo the ranks see no accelerator.
+        device: what each rank has one of; on the CPU they see no accelerator.
 
     Raises:
         RankError: not every rank returned.
     """
-    # A process in which CUDA was looked at cannot be forked: NCCL's ranks import everything themselves.
-    context = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
+    # A process in which an accelerator was looked at cannot be forked: ranks on one import everything themselves.
+    context = multiprocessing.get_context("forkserver" if device == CPU else "spawn")
     context.set_forkserver_preload(PRELOAD)
     until = time.monotonic() + deadline
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
-        shared = (world, folder, deadline, backend, function, arguments)
+        shared = (world, folder, deadline, device, function, arguments)
         processes = [
             context.Process(target=_rank, args=(rank, pipes[rank][1], *shared)) for rank in range(world)
         ]
         try:
-            hidden = {"CUDA_VISIBLE_DEVICES": ""} if backend == "gloo" else {}
-            with mock.patch.dict(os.environ, hidden):
+            with mock.patch.dict(os.environ, hidden() if device == CPU else {}):
                 for process, (_, theirs) in zip(processes, pipes, strict=True):
                     process.start()
                     theirs.close()
@@ -119,7 +120,7 @@ def _rank(
     world: int,
     folder: Path,
     deadline: float,
-    backend: str,
+    device: Device,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -128,8 +129,9 @@ def _rank(
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     try:
+        device.module()  # importing torch_npu adds its backend
         torch.distributed.init_process_group(
-            backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
+            device.backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
             timeout=timedelta(seconds=deadline * 0.8),
         )  # fmt: skip
         result = function(*arguments)

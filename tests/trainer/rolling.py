@@ -7,6 +7,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.multi_token_prediction import roll_tensor
 
+from drydock.tiers.device import device_here
+
 
 def chunks_of(rank: int, ranks: int) -> list[int]:
     """Which of a sequence's 2 x ranks chunks a rank has: one of the beginning and its mirror of the end, so that
@@ -21,15 +23,16 @@ def roll_parts(tokens: np.ndarray, times: int, straight: bool = False) -> np.nda
         straight: a fault: the rank has the sequence's next part in one piece, as without the mirror.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    torch.cuda.set_device(rank)
+    device = device_here().at(rank)
+    device_here().module().set_device(device)
     parallel_state.initialize_model_parallel(context_parallel_size=ranks, distributed_timeout_minutes=1)
     split = np.split(tokens, 2 * ranks, axis=-1)
     own = [2 * rank, 2 * rank + 1] if straight else chunks_of(rank, ranks)
-    part = torch.from_numpy(np.concatenate([split[each] for each in own], axis=-1)).cuda()
+    part = torch.from_numpy(np.concatenate([split[each] for each in own], axis=-1)).to(device)
     group = parallel_state.get_context_parallel_group()
     for _ in range(times):
         part, _ = roll_tensor(part, shifts=-1, dims=-1, cp_group=group)
-    torch.cuda.synchronize()
+    device_here().module().synchronize()
     return part.cpu().numpy()
 
 

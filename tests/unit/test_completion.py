@@ -14,8 +14,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(sys.executable).parent / "drydock"
 IMAGES = [
-    "cpu-vllm", "gb200-sglang", "gb200-trtllm", "gb200-vllm", "h100-sglang", "h100-trtllm", "h100-vllm",
-]  # fmt: skip
+    "ascend-vllm",
+    "ascend-vllm-a3",
+    "cpu-vllm",
+    "gb200-sglang",
+    "gb200-trtllm",
+    "gb200-vllm",
+    "h100-sglang",
+    "h100-trtllm",
+    "h100-vllm",
+]
 
 
 def asked(cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -93,7 +101,8 @@ def test_a_definition_that_is_being_written_hides_no_other_and_says_nothing(tmp_
     for name, text in {"h100": "hardware = \n", "gb200": "engine = 1\n"}.items():
         (tmp_path / "images" / name / "image.toml").write_text(text)
     own = ["gb200-trtllm", "h100-trtllm"]
-    assert bash("drydock build ", tmp_path) == ["cpu-vllm", *own]
+    assert bash("drydock build ", tmp_path) == ["ascend-vllm", "ascend-vllm-a3", "cpu-vllm", *own]
+    shutil.rmtree(tmp_path / "images/ascend")
     (tmp_path / "images/cpu/image.toml").unlink()
     (tmp_path / "images/cpu/image.toml").mkdir()
     assert bash("drydock build ", tmp_path) == own

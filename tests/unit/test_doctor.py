@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from drydock import doctor, npu_smi
 from drydock.doctor import Finding, examine, verdict
 from drydock.errors import DrydockError
 from drydock.store import Store
+from drydock.tiers import device
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -83,21 +86,57 @@ def test_dockers_classic_store_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ],
 )
 def test_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: list[Any], state: str) -> None:
-    monkeypatch.setattr(doctor, "gpus_here", lambda: 1)
-    monkeypatch.setattr(doctor, "device_here", lambda _: {"gpus": gpus})
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(device, "DEV", tmp_path)
+    monkeypatch.setattr(doctor, "used_here", lambda _: {"gpus": gpus})
     found = look(tmp_path)["NVIDIA GPUs"]
     assert found.state == state
     assert bool(found.advice) is (state != "ok")
 
 
-def test_npus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert look(tmp_path)["Ascend NPUs"].state == "missing"
-    monkeypatch.setattr(doctor, "npus_here", lambda: 2)
-    found = look(tmp_path)["Ascend NPUs"]
-    assert "2 device files, and npu-smi info does not run" in found.detail
-    seen = npu_smi.read(npu_outputs.A3, npu_outputs.A3_NUMBERS)
-    monkeypatch.setattr(npu_smi, "look", lambda: seen)
-    assert look(tmp_path)["Ascend NPUs"].detail == "2 x Ascend910, driver 26.0.rc2"
+@pytest.fixture
+def npus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Finding]:
+    """What is said of a machine with an A3's two chips, with one text of its table put in place of another."""
+    for name in ("davinci0", "davinci1", "davinci_manager"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(device, "DEV", tmp_path)
+    monkeypatch.setattr(doctor, "missing_files", list)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+
+    def said(old: str = "", new: str = "") -> Finding:
+        assert old in npu_outputs.A3
+        seen = npu_smi.read(npu_outputs.A3.replace(old, new), npu_outputs.A3_NUMBERS)
+        monkeypatch.setattr(npu_smi, "look", lambda: seen)
+        return doctor._npu(REPOSITORY)
+
+    return said
+
+
+def test_npus(npus: Callable[..., Finding]) -> None:
+    found = npus()
+    assert (found.state, found.detail, found.advice) == ("ok", "2 x Ascend910, driver 26.0.rc2", "")
+    old = npus("26.0.rc2", "25.7.rc1")
+    assert (old.state, old.advice) == ("limited", "images of ascend need a driver of 26.0.RC1 or newer")
+    assert (
+        npus("| OK   ", "| Alarm").advice
+        == "see `npu-smi info`, which does not call these well: 0.0 (Alarm), 0.1 (Alarm)"
+    )
+
+
+def test_npus_without_their_files_or_their_driver(
+    npus: Callable[..., Finding], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "missing_files", lambda: ["/usr/local/dcmi"])
+    assert (
+        npus().advice == "install the driver anew: /usr/local/dcmi is not there, which a container is given"
+    )
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert npus().advice == "there is no image for NPUs on x86_64: for aarch64 there is"
+    monkeypatch.undo()
+    assert doctor._npu(REPOSITORY).state == "missing"
+    monkeypatch.setattr(device, "DEV", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "2 device files, and npu-smi info does not run" in doctor._npu(REPOSITORY).detail
 
 
 @pytest.fixture

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import npu_outputs
 import pytest
 
 from drydock import npu_smi
-from drydock.npu_smi import Npu, NpuSmiError, Process, read
+from drydock.npu_smi import Npu, NpuSmiError, Process, read, version_key
 
 
 def test_an_a2_has_one_chip_a_card_and_its_number_is_not_the_card_s() -> None:
@@ -68,3 +69,28 @@ def test_a_driver_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     program.chmod(0o755)
     with pytest.raises(NpuSmiError, match="npu-smi info failed: dcmi module"):
         npu_smi.look()
+
+
+def test_versions_of_drivers_in_the_order_of_their_release() -> None:
+    """A release candidate comes before its release, and its own fixes after it."""
+    released = [
+        "23.0.rc1", "23.0.RC3", "23.0.0", "23.0.3", "24.1.RC3", "24.1.0", "25.0.rc1", "25.0.rc1.1", "25.2.0", "25.2.1",
+        "25.5.2", "25.7.rc1.7", "26.0.RC1", "26.0.rc2", "26.0.0", "26.1.1",
+    ]  # fmt: skip
+    keys = [version_key(version) for version in released]
+    assert all(one < other for one, other in itertools.pairwise(keys))
+    assert version_key("26.0") == version_key("26.0.0")
+    assert version_key("26.0.RC1") == version_key("26.0.rc1")
+
+
+@pytest.mark.parametrize("version", ["", "26.0.", "26.0.RC", "26.0-beta.1", "V100R001", "unknown"])
+def test_what_is_no_version_is_not_compared(version: str) -> None:
+    with pytest.raises(ValueError, match="is no version of Ascend's driver"):
+        version_key(version)
+
+
+def test_a_device_is_a_file_with_a_number(tmp_path: Path) -> None:
+    for name in ("davinci0", "davinci12", "davinci_manager", "davinci0_log", "devmm_svm"):
+        (tmp_path / name).touch()
+    assert [path.name for path in npu_smi.device_files(tmp_path)] == ["davinci0", "davinci12"]
+    assert npu_smi.device_files(tmp_path / "nothing") == []

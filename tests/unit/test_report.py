@@ -322,6 +322,23 @@ def test_the_page_names_the_run() -> None:
         assert said in text, said
 
 
+def test_the_page_names_npus_and_what_is_missing_as_declared() -> None:
+    document = build()
+    document["device"] |= {
+        "kind": "npu",
+        "npus": [{"name": "Ascend910", "memory_bytes": 64 << 30, "driver": "26.0.rc2"}] * 2,
+    }
+    document["verification"]["checks"].append(
+        {"name": "absent", "state": "as-declared", "checked": 1, "seconds": 0.0, "findings": [],
+         "detail": "mindspeed is missing, as declared: no index has it"}
+    )  # fmt: skip
+    page = rendered(document)
+    text = Elements(page).text
+    assert "2 × Ascend910, 64 GiB each, driver 26.0.rc2" in text
+    assert "mindspeed is missing, as declared: no index has it" in text
+    assert '<span class="outcome quiet">as-declared</span>' in page
+
+
 def test_differences_from_the_lock_are_listed() -> None:
     text = Elements(page_of("empty")).text
     assert "differs from the lock in 1 place" in text

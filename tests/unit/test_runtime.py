@@ -28,10 +28,11 @@ from typing import Any
 import pytest
 import zstandard
 
+from drydock import chroot_runtime, oci, runtime, unpack
 from drydock import docker_runtime as docker_runtime_module
-from drydock import oci, runtime, unpack
 from drydock.chroot_runtime import ChrootRuntime
 from drydock.errors import DrydockError
+from drydock.namespaces import Bind
 from drydock.oci import Built, Layer
 from drydock.runtime import Runtime, Task
 from drydock.store import Store
@@ -529,10 +530,47 @@ def test_gpus_that_are_not_there(
     chroot: ChrootRuntime, store: Store, image: Built, task: Callable[..., Task]
 ) -> None:
     if list(Path("/dev").glob("nvidia*")):
-        assert chroot.run(store, image, task("open('/dev/nvidiactl')", gpus=True)) == 0
+        assert chroot.run(store, image, task("open('/dev/nvidiactl')", accelerator="cuda")) == 0
         return
     with pytest.raises(DrydockError, match="no /dev/nvidia"):
-        chroot.run(store, image, task("", gpus=True))
+        chroot.run(store, image, task("", accelerator="cuda"))
+
+
+def test_npus_that_are_not_there(
+    chroot: ChrootRuntime, store: Store, image: Built, task: Callable[..., Task]
+) -> None:
+    if list(Path("/dev").glob("davinci[0-9]*")):
+        assert chroot.run(store, image, task("open('/dev/davinci_manager')", accelerator="npu")) == 0
+        return
+    with pytest.raises(DrydockError, match="no /dev/davinci"):
+        chroot.run(store, image, task("", accelerator="npu"))
+
+
+def test_an_npu_s_driver_is_seen_in_the_image(
+    chroot: ChrootRuntime, store: Store, image: Built, task: Callable[..., Task],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With files of this machine in the place of the driver's, which may not be changed from inside."""
+    library = tmp_path / "lib64"
+    library.mkdir()
+    (library / "libascend_hal.so").write_text("a library")
+    files = [
+        Bind(source="/dev/null", target="/dev/davinci0"),
+        Bind(source=str(library), target="/usr/local/Ascend/driver/lib64", read_only=True),
+    ]
+    monkeypatch.setattr(chroot_runtime, "driver_files", lambda kind: (files, {}) if kind == "npu" else None)
+    code = """
+open("/dev/davinci0", "w").write("to nowhere")
+library = "/usr/local/Ascend/driver/lib64/libascend_hal.so"
+assert open(library).read() == "a library"
+try:
+    open(library, "w")
+except OSError as error:
+    assert error.errno == 30, error
+else:
+    raise SystemExit("it may be written")
+"""
+    assert chroot.run(store, image, task(code, accelerator="npu")) == 0
 
 
 def test_an_image_for_another_machine(store: Store, image: Built, monkeypatch: pytest.MonkeyPatch) -> None:

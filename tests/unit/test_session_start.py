@@ -15,6 +15,7 @@ from project import REPOSITORY
 from drydock import session
 from drydock.definition import Image, image_names
 from drydock.errors import CheckFailed, DrydockError
+from drydock.tiers import device
 
 DIGEST = f"sha256:{'5' * 64}"
 WITH_THE_IMAGES_PACKAGES_ALONE = """
@@ -69,6 +70,14 @@ def test_a_session_starts_with_what_the_image_holds(image: str) -> None:
     command = [sys.executable, "-c", WITH_THE_IMAGES_PACKAGES_ALONE, str(found.pylock_path), *given]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout == "imported\n", done.stderr
+
+
+def test_what_an_image_has_on_its_path_stays_there_behind_ours() -> None:
+    """CANN's modules are on PYTHONPATH, and torch-npu imports them."""
+    assert session._environment("/drydock", "/cann/python:/cann/tbe")["PYTHONPATH"] == (
+        "/drydock/src:/cann/python:/cann/tbe"
+    )
+    assert session._environment("/drydock", "")["PYTHONPATH"] == "/drydock/src"
 
 
 def options(**values: Any) -> argparse.Namespace:
@@ -132,3 +141,28 @@ def test_tensorrt_llm_s_session_has_no_eplb_tier_and_says_why(
     assert {row["what"]: row["reason"].partition(" ")[0] for row in report["not_run"]} == {
         "the rollout tier": "verification", "the trainer tier": "verification", "the eplb tier": "TensorRT-LLM",
     }  # fmt: skip
+
+
+def test_a_session_for_a_device_that_is_not_here_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "DEV", tmp_path)
+    ascend = Image.named(REPOSITORY, "ascend")
+    with pytest.raises(DrydockError, match="ascend-vllm needs an Ascend NPU and this machine shows none"):
+        session._need_device(ascend, options())
+    with pytest.raises(DrydockError, match="h100-vllm needs an NVIDIA GPU and this machine shows none"):
+        session._need_device(Image.named(REPOSITORY, "h100"), options())
+    assert session._need_device(ascend, options(cpu_part=True)) == device.NPU
+    assert session._need_device(Image.named(REPOSITORY, "cpu"), options()) == device.CPU
+    (tmp_path / "davinci0").touch()
+    assert session._need_device(ascend, options()) == device.NPU
+
+
+def test_the_image_is_the_one_for_the_chips_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        session, "variant_here", lambda definition: "-a3" if definition.hardware == "ascend" else ""
+    )
+    assert session._image_name(REPOSITORY, options(hardware="ascend")) == "ascend-vllm-a3"
+    assert session._image_name(REPOSITORY, options(hardware="cpu")) == "cpu-vllm"
+    monkeypatch.setattr(session, "hardware_here", lambda _: "ascend")
+    assert session._image_name(REPOSITORY, options()) == "ascend-vllm-a3"

@@ -779,6 +779,28 @@ def test_as_many_as_are_here():
     assert f"needs 99 GPUs, {here} are here" in run.out
 
 
+def test_in_an_image_for_npus_they_are_what_is_needed(tier: Tier) -> None:
+    body = """
+@pytest.mark.needs(gpus=99)
+def test_many():
+    pass
+
+@pytest.mark.cuda("it is CUDA's")
+@pytest.mark.needs(gpus=99)
+def test_cuda():
+    pass
+"""
+    here = len([path for path in Path("/dev").glob("davinci[0-9]*") if path.name[7:].isdigit()])
+    run = tier.run(body, "--accelerator=npu")
+    assert run.outcomes == {"test_many": "missing"}
+    assert run.row("test_many")["message"] == f"needs 99 NPUs, {here} are here"
+    assert [row["reason"] for row in run.document["not_selected"]] == ["it is CUDA's"]
+    assert tier.run(body, "--accelerator=cuda").outcomes == {"test_many": "missing", "test_cuda": "missing"}
+    run = tier.run(body, "--accelerator=npu", "--cpu-part", "--unbudgeted")
+    reason = "needs 99 NPUs, and --cpu-part asks for what needs none"
+    assert [row["reason"] for row in run.document["not_selected"]] == [reason, f"{reason}; it is CUDA's"]
+
+
 @pytest.mark.parametrize(
     ("engine", "ran", "reasons"),
     [
@@ -816,6 +838,7 @@ def test_all():
 @pytest.mark.parametrize(
     ("marker", "message"),
     [
+        ("cuda", 'write cuda("why it is not for NPUs")'),
         ("needs(2)", "write needs(gpus=NUMBER)"),
         ("needs(tpus=2)", "write needs(gpus=NUMBER)"),
         ("full", 'write full("why it is not in the fast profile")'),

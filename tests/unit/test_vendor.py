@@ -132,6 +132,25 @@ def test_a_base_is_locked_without_its_layers(
     assert server.host not in box.vendor_lock_path.read_text(), "a lock names no registry"
 
 
+def test_a_variant_of_a_base_has_a_lock_of_its_own(
+    server: RegistryServer, there: Repository, tmp_path: Path
+) -> None:
+    digests = [image(there, CONFIG), image(there, CONFIG | {"created": "2026-02-02T00:00:00Z"})]
+    box = project(tmp_path, digests[0])
+    path = box.definition_path
+    variant = f'[base.variants.b2]\ndigest = "{digests[1]}"\nversion = "b2"\nsoc = ["Chip2"]\n[accelerator]'
+    path.write_text(path.read_text().replace("[accelerator]", variant))
+    images = [Image.named(tmp_path, name) for name in ("box-mini", "box-mini-b2")]
+    for each in images:
+        lock_vendor(each, environ(server.host), QUICK)
+    assert [f"sha256:{read_vendor_lock(each).manifest}" for each in images] == digests
+    assert [read_vendor_lock(each).version for each in images] == ["1.2.1", "b2"]
+    # A variant that moves leaves the base's own lock as it is.
+    path.write_text(path.read_text().replace(digests[1], digests[0]))
+    assert read_vendor_lock(Image.named(tmp_path, "box-mini"))
+    assert "out of date" in refusal(read_vendor_lock, Image.named(tmp_path, "box-mini-b2"))
+
+
 def test_of_an_index_the_image_for_the_platform_is_taken(
     server: RegistryServer, there: Repository, tmp_path: Path
 ) -> None:

@@ -26,8 +26,9 @@ import drydock
 from drydock import verify
 from drydock.verify.accelerator import Device, NvmlError, check_accelerator, compare_devices
 from drydock.verify.debs import mount_points
+from drydock.verify.declared import Accelerator
 from drydock.verify.elf import MACHINES, MalformedElf, read_elf
-from drydock.verify.image import Accelerator, open_image, read_manifest
+from drydock.verify.image import open_image, read_manifest
 from drydock.verify.interpreter import Interpreter, check_python
 from drydock.verify.report import Finding
 from drydock.verify.tree import Tree
@@ -752,6 +753,72 @@ def test_without_a_device_the_accelerator_is_not_run_and_never_passed(
     monkeypatch.setattr("drydock.verify.accelerator.read_nvml", lambda: ("590.1", [HOPPER]))
     outcome = check_accelerator(manifest, live=True)
     assert (outcome.state, outcome.checked, outcome.detail) == (None, 1, "driver 590.1, 1 x NVIDIA H100")
+
+
+def over_cann(image: SmallImage, **installed: str) -> None:
+    """Make it an image over a vendor's, for NPUs, with what is not in its manifest in the definition beside it."""
+    site = "usr/local/python3.13.5/lib/python3.13/site-packages"
+    for name, version in {"torch": "2.10.0+cpu", "torch-npu": "2.10.0.post4", **installed}.items():
+        folder = f"{site}/{name.replace('-', '_')}-{version}.dist-info"
+        image.write(f"{folder}/METADATA", f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
+    image.write("usr/local/Ascend/cann/x86_64-linux/ascend_toolkit_install.info", "version=9.1.0\n")
+    definition = {
+        "accelerator": {"kind": "npu", "minimum-driver": "26.0.RC1", "soc": ["910B*"], "cann": "9.1.0"},
+        "base": {"variants": {"a3": {"soc": ["Ascend910"]}}},
+        "engine": {"small": {"absent-distributions": {"mindspeed": "no index has a wheel of it"}}},
+    }
+    image.write("usr/share/drydock/image.toml", tomli_w.dumps(definition), "drydock")
+    image.seal(
+        image="ascend-small-a3",
+        accelerator={"kind": "npu", "minimum-driver": "26.0.RC1", "sm": []},
+        environment={"PATH": "/opt/venv/bin:/usr/bin", "ASCEND_HOME_PATH": "/usr/local/Ascend/cann"},
+        base={
+            "repository": "vendor/release", "version": "v1", "site-packages": [f"/{site}"],
+            "provides": {"torch": "2.10.0+cpu", "torch-npu": "2.10.0.post4"},
+        },
+    )  # fmt: skip
+
+
+def test_an_image_for_npus_has_its_stack_compared_and_says_what_it_lacks(
+    image: SmallImage, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over_cann(image)
+    assert read_manifest(Tree(image.root)).accelerator.soc == ("Ascend910",), "the variant's own"
+    status, document = run()
+    checks = {check["name"]: check for check in document["checks"]}
+    states = {name: checks[name]["state"] for name in ("accelerator", "cann", "base", "absent")}
+    assert states == {"accelerator": "not-run", "cann": "ok", "base": "ok", "absent": "as-declared"}
+    assert (status, found(document)) == (0, [])
+    assert verify.main(["--root", str(image.root)]) == 0
+    assert "mindspeed is missing, as declared: no index has a wheel of it" in capsys.readouterr().out
+
+
+def test_an_image_for_npus_that_is_not_what_it_says_is_named(image: SmallImage, drift: Drift) -> None:
+    over_cann(image)
+
+    def tamper() -> None:
+        over_cann(image, mindspeed="0.16")
+        image.write("usr/local/Ascend/cann/x86_64-linux/ascend_toolkit_install.info", "version=9.2.0\n")
+
+    assert drift(tamper) == [
+        ("cann", "CANN", "9.1.0 is declared, 9.2.0 is in /usr/local/Ascend/cann/x86_64-linux"),
+        (
+            "absent",
+            "mindspeed",
+            "0.16 is installed, and declared as missing: take it out of absent-distributions",
+        ),
+    ]
+
+
+def test_an_image_for_npus_without_its_definition_is_not_verified_without_it(
+    image: SmallImage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over_cann(image)
+    image.path("usr/share/drydock/image.toml").unlink()
+    assert verify.main(["--root", str(image.root)]) == 2
+    assert capsys.readouterr().err == (
+        "/usr/share/drydock/image.toml cannot be read, which says what NPUs it is made for: build the image again\n"
+    )
 
 
 # The command.

@@ -301,7 +301,9 @@ class Commit(Model):
         return (self.commit or "not known")[:12] + (", with uncommitted changes" if self.dirty else "")
 
 
-class Gpu(Model):
+class Accelerator(Model):
+    """A GPU or an NPU."""
+
     name: str
     memory_bytes: int = 0
     driver: Text = ""
@@ -312,15 +314,16 @@ class Device(Model):
     cpu: Text = ""
     cores: int = 0
     memory_bytes: int = 0
-    gpus: tuple[Gpu, ...] = ()
+    gpus: tuple[Accelerator, ...] = ()
+    npus: tuple[Accelerator, ...] = ()
 
     @property
     def text(self) -> str:
         """One line: what the run had to compute with."""
         parts = []
-        for gpu in dict.fromkeys(self.gpus):
-            count = self.gpus.count(gpu)
-            parts.append(f"{count} × {gpu.name}, {_gib(gpu.memory_bytes)} each, driver {gpu.driver}")
+        for one in dict.fromkeys((*self.gpus, *self.npus)):
+            count = (*self.gpus, *self.npus).count(one)
+            parts.append(f"{count} × {one.name}, {_gib(one.memory_bytes)} each, driver {one.driver}")
         parts.append(f"{self.cpu or 'CPU'}, {plural(self.cores, 'core')}, {_gib(self.memory_bytes)}")
         return "; ".join(parts)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from drydock import npu_smi
 from drydock.server.errors import ServerError
+from drydock.tiers.device import CUDA, NPU
 
 DEV = Path("/dev")
 TOLERANCE_MIB = 64
@@ -38,7 +39,7 @@ class Kind(NamedTuple):
 
 def kind_here() -> Kind:
     """What this machine has; a GPU's where it has none, which then says so."""
-    return NPUS if list(DEV.glob("davinci[0-9]*")) else GPUS
+    return NPUS if npu_smi.device_files(DEV) else GPUS
 
 
 def used_mib(environment: Mapping[str, str]) -> dict[str, int] | None:
@@ -94,7 +95,7 @@ def _gpus_used(environment: Mapping[str, str]) -> dict[str, int] | None:
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     used = {}
     for index, uuid, memory in rows:
-        if _visible(index, uuid, environment.get("CUDA_VISIBLE_DEVICES")):
+        if _visible(index, uuid, environment.get(CUDA.visible)):
             if not memory.isdigit():
                 raise ServerError(f"nvidia-smi does not tell how much memory GPU {index} uses: {memory}")
             used[uuid] = int(memory)
@@ -107,7 +108,7 @@ def _gpus_shown(devices: Collection[str]) -> list[str]:
 
 
 def _npus_used(environment: Mapping[str, str]) -> dict[str, int] | None:
-    named = environment.get("ASCEND_RT_VISIBLE_DEVICES")
+    named = environment.get(NPU.visible)
     visible = None if named is None else {number.strip() for number in named.split(",")}
     npus = [npu for npu in _npus().npus if visible is None or str(npu.number) in visible]
     return {npu.place: npu.used_mib for npu in npus} or None
@@ -152,5 +153,5 @@ def _visible(index: str, uuid: str, devices: str | None) -> bool:
     return any(name == index or (name and uuid.startswith(name)) or name.startswith("MIG-") for name in names)
 
 
-GPUS = Kind("GPU", "nvidia-smi", _gpus_used, _gpus_shown)
-NPUS = Kind("NPU", "npu-smi", _npus_used, _npus_shown)
+GPUS = Kind(CUDA.word, "nvidia-smi", _gpus_used, _gpus_shown)
+NPUS = Kind(NPU.word, "npu-smi", _npus_used, _npus_shown)

@@ -20,6 +20,7 @@ from drydock.errors import CheckFailed, DrydockError
 from drydock.tiers import install
 from drydock.tiers import record as _record
 from drydock.tiers.budgets import TierBudget, tier_budget
+from drydock.tiers.device import CPU, CUDA, Device, device_for
 from drydock.tiers.link import Link
 from drydock.tiers.processes import age, now
 from drydock.tiers.profiles import PROFILES, Profile, kind_of, read_profile
@@ -35,8 +36,9 @@ STAGES = {"setup": "start", "call": "test", "teardown": "stop"}
 """pytest's stage -> the phase it is."""
 MARKERS = (
     "full(reason): runs in the full profile only; why it is not in fast",
-    "needs(gpus): fails as missing where there are fewer GPUs",
-    "serves: starts the engine's server: needs a GPU in an image that is made for one",
+    "needs(gpus): fails as missing where there are fewer GPUs, or NPUs in an image that is made for those",
+    "serves: starts the engine's server: needs a GPU or an NPU in an image that is made for one",
+    "cuda(reason): why it is not for an image that is made for NPUs",
     "engine(name): what it tests is that engine's, so it is not for the image of another",
     "lacks(engine, reason): that engine does not have what it tests; why",
     "asked(*options): runs only when all of these options of pytest are given",
@@ -60,7 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--profile", choices=PROFILES)
     group.addoption("--image", help="the image this runs in, for its budgets")
     group.addoption("--engine", help="whose image it is; that of any without")
-    group.addoption("--accelerator", default="none", help="what the image is made for: none, cuda")
+    group.addoption("--accelerator", default="none", help="what the image is made for: none, cuda, npu")
     group.addoption("--cpu-part", action="store_true", help="leave out what needs an accelerator")
     group.addoption("--results", type=Path, help="folder for the result document and logs")
     group.addoption("--budgets", type=Path, help="tests/budgets.toml by default")
@@ -340,8 +342,9 @@ def _reason(item: pytest.Item) -> str | None:
         if marker.args or set(marker.kwargs) != {"gpus"} or not isinstance(marker.kwargs["gpus"], int):
             raise pytest.UsageError(f"{item.nodeid}: write needs(gpus=NUMBER)")
     reasons = []
-    if item.config.getoption("cpu_part") and (gpus := _gpus_for(item)):
-        reasons.append(f"needs {gpus} GPU{'s' * (gpus > 1)}, and --cpu-part asks for what needs none")
+    if item.config.getoption("cpu_part") and (number := _devices_for(item)):
+        word = f"{_device(item).word}{'s' * (number > 1)}"
+        reasons.append(f"needs {number} {word}, and --cpu-part asks for what needs none")
     for marker in item.iter_markers("engine"):
         if marker.kwargs or len(marker.args) != 1 or not isinstance(marker.args[0], str):
             raise pytest.UsageError(f"{item.nodeid}: write engine(NAME)")
@@ -352,11 +355,15 @@ def _reason(item: pytest.Item) -> str | None:
             raise pytest.UsageError(f'{item.nodeid}: write lacks(ENGINE, "what it does not have")')
         if item.config.getoption("engine") == marker.args[0]:
             reasons.append(marker.args[1])
-    for marker in item.iter_markers("full"):
-        if marker.kwargs or len(marker.args) != 1 or not isinstance(marker.args[0], str):
-            raise pytest.UsageError(f'{item.nodeid}: write full("why it is not in the fast profile")')
-        if item.config.getoption("profile") != "full":
-            reasons.append(marker.args[0])
+    for name, left_out, why in (
+        ("full", item.config.getoption("profile") != "full", "why it is not in the fast profile"),
+        ("cuda", item.config.getoption("accelerator") == "npu", "why it is not for NPUs"),
+    ):
+        for marker in item.iter_markers(name):
+            if marker.kwargs or len(marker.args) != 1 or not isinstance(marker.args[0], str):
+                raise pytest.UsageError(f'{item.nodeid}: write {name}("{why}")')
+            if left_out:
+                reasons.append(marker.args[0])
     for marker in item.iter_markers("asked"):
         for name in marker.args:
             try:
@@ -382,21 +389,23 @@ def _whole(config: pytest.Config) -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before its fixtures: what a test needs is here, or it fails."""
-    needed, here = _gpus_for(item), gpus_here()
+    device = _device(item)
+    needed, here = _devices_for(item), device.here()
     if here < needed:
-        raise Missing(f"needs {needed} GPUs, {here} are here", pytrace=False)
+        raise Missing(f"needs {needed} {device.word}s, {here} are here", pytrace=False)
 
 
-def _gpus_for(item: pytest.Item) -> int:
-    """How many GPUs a test needs in this image."""
+def _device(item: pytest.Item) -> Device:
+    """What a test runs on that needs an accelerator; a GPU in an image that is made for none."""
+    device = device_for(item.config.getoption("accelerator"))
+    return CUDA if device is CPU else device
+
+
+def _devices_for(item: pytest.Item) -> int:
+    """How many accelerators a test needs in this image."""
     serves = item.get_closest_marker("serves") and item.config.getoption("accelerator") != "none"
     numbers: list[int] = [marker.kwargs["gpus"] for marker in item.iter_markers("needs")]
     return max([int(bool(serves)), *numbers])
-
-
-def gpus_here() -> int:
-    """How many NVIDIA GPUs the driver shows."""
-    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
 
 
 # -------------------------------------------------------------------- reports

@@ -18,12 +18,13 @@ from pathlib import Path
 from drydock.errors import DrydockError
 from drydock.verify.accelerator import check_accelerator
 from drydock.verify.debs import check_debs
-from drydock.verify.distributions import check_distributions, check_provided
+from drydock.verify.distributions import check_absent, check_distributions, check_provided, held
 from drydock.verify.files import check_files
 from drydock.verify.here import verify_here
 from drydock.verify.image import open_image
 from drydock.verify.interpreter import Interpreter, check_python
 from drydock.verify.libraries import check_libraries
+from drydock.verify.npu import check_cann
 from drydock.verify.report import Check, Outcome, Report, printable, text_lines
 
 __all__ = ["main", "verify"]
@@ -52,8 +53,15 @@ def verify(root: Path, full: bool) -> Report:
         "libraries": lambda: check_libraries(image),
         "accelerator": lambda: check_accelerator(image.manifest, live),
     }
-    if image.manifest.vendor:
+    manifest = image.manifest
+    if manifest.accelerator.kind == "npu":
+        checks["cann"] = lambda: check_cann(
+            manifest.accelerator, image.tree, manifest.machine, manifest.environment, held(image)
+        )
+    if manifest.vendor:
         checks["base"] = lambda: check_provided(image)
+    if manifest.absent_distributions:
+        checks["absent"] = lambda: check_absent(manifest.absent_distributions, held(image))
     return Report(
         image=image.manifest.image,
         checks=tuple(Check.run(name, check) for name, check in checks.items()),

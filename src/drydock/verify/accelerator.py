@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from drydock.errors import DrydockError
-from drydock.verify.image import Accelerator, Manifest
+from drydock.verify.declared import Accelerator
+from drydock.verify.image import Manifest
+from drydock.verify.npu import check_npus
 from drydock.verify.report import Finding, Outcome
 
 
@@ -124,6 +126,8 @@ def check_devices(accelerator: Accelerator, torch: bool) -> Outcome:
     """The same for what runs this; `torch` is whether its kernels are asked for too."""
     if accelerator.kind == "none":
         return Outcome(0, "the image is made for none", state="not-applicable")
+    if accelerator.kind == "npu":
+        return check_npus(accelerator)
     try:
         driver, devices = read_nvml()
     except NvmlError as error:

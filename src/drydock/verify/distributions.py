@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from drydock.verify.image import Image
@@ -60,14 +61,44 @@ def check_distributions(image: Image) -> Outcome:
     return Outcome(len(locked), f"{count} installed, {len(locked)} locked", findings)
 
 
+def held_by_base(image: Image) -> dict[str, str]:
+    """The distributions in a vendor's base, normalized name -> the version that Python finds first."""
+    there: dict[str, str] = {}
+    for folder in image.manifest.vendor.site_packages if image.manifest.vendor else ():
+        for name, versions in read_installed(image, folder)[0].items():
+            there.setdefault(name, versions[0])
+    return there
+
+
+def held(image: Image) -> dict[str, str]:
+    """All distributions, ours before those of a vendor's base, normalized name -> version."""
+    return held_by_base(image) | {name: versions[0] for name, versions in read_installed(image)[0].items()}
+
+
+def check_absent(absent: Mapping[str, str], installed: Mapping[str, str]) -> Outcome:
+    """What the definition says is missing, since no index has it: said, and no difference to the lock.
+
+    Parameters:
+        absent: normalized name -> reason.
+        installed: normalized name -> version.
+    """
+    findings = [
+        Finding(
+            name,
+            f"{installed[name]} is installed, and declared as missing: take it out of absent-distributions",
+        )
+        for name in absent
+        if name in installed
+    ]
+    said = "; ".join(f"{name} is missing, as declared: {reason}" for name, reason in sorted(absent.items()))
+    return Outcome(len(absent), said, findings, state="failed" if findings else "as-declared")
+
+
 def check_provided(image: Image) -> Outcome:
     """What a vendor's base is said to hold: each distribution with its version, where Python finds it first."""
     vendor = image.manifest.vendor
     assert vendor
-    there: dict[str, str] = {}
-    for folder in vendor.site_packages:
-        for name, versions in read_installed(image, folder)[0].items():
-            there.setdefault(name, versions[0])
+    there = held_by_base(image)
     findings = []
     for name, version in sorted(vendor.provides.items()):
         if name not in there:

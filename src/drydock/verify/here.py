@@ -8,6 +8,7 @@ packages and libraries have nothing to be compared with, and are reported as not
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import time
 import tomllib
@@ -16,10 +17,13 @@ from typing import Any
 
 from drydock.errors import DrydockError
 from drydock.verify.accelerator import check_devices
-from drydock.verify.image import Accelerator
+from drydock.verify.declared import locked_as, read_absent, read_accelerator
+from drydock.verify.distributions import check_absent
 from drydock.verify.interpreter import Interpreter
 from drydock.verify.locks import compare_installed
+from drydock.verify.npu import check_cann
 from drydock.verify.report import Check, Finding, Outcome, Report
+from drydock.verify.tree import Tree
 from drydock.verify.versions import normalize_name, same_version
 
 
@@ -35,18 +39,16 @@ def verify_here(root: Path, name: str) -> Report:
     """
     started = time.perf_counter()
     hardware, _, engine = name.partition("-")
-    lock = _read(root / "lock" / f"pylock.{name}.toml")
     own = root / "images" / hardware / f"{engine}.toml"
     definition = _read(own if own.is_file() else own.with_name("image.toml"))
     try:
+        lock = _read(root / "lock" / f"pylock.{locked_as(definition, name)}.toml")
         locked = {normalize_name(entry["name"]): entry["version"] for entry in lock["packages"]}
+        # Of a vendor's image that is not here, what it holds is to be here too.
+        locked |= definition["base"].get("provides", {})
         series = definition["python"]
-        declared = definition["accelerator"]
-        accelerator = Accelerator(
-            kind=declared["kind"],
-            minimum_driver=declared.get("minimum-driver"),
-            sm=tuple(declared.get("sm", ())),
-        )
+        accelerator = read_accelerator(definition, name)
+        absent_distributions = read_absent(definition, name)
     except KeyError as error:
         raise DrydockError(f"the lock or definition of {name} has no {error}: run `drydock lock`") from None
     absent = Outcome(0, "not an image: nothing to compare with", state="not-run")
@@ -58,6 +60,12 @@ def verify_here(root: Path, name: str) -> Report:
         "libraries": lambda: absent,
         "accelerator": lambda: check_devices(accelerator, "torch" in locked),
     }
+    if accelerator.kind == "npu":
+        checks["cann"] = lambda: check_cann(
+            accelerator, Tree(Path("/")), platform.machine(), os.environ, _first(_installed())
+        )
+    if absent_distributions:
+        checks["absent"] = lambda: check_absent(absent_distributions, _first(_installed()))
     return Report(
         image=name,
         checks=tuple(Check.run(title, check) for title, check in checks.items()),
@@ -89,10 +97,20 @@ def _check_python(series: str) -> Outcome:
 
 def _check_distributions(locked: dict[str, str]) -> Outcome:
     """Every distribution that is found first on the path, as import does."""
+    installed = _installed()
+    findings = list(compare_installed(locked, installed, same_version))
+    return Outcome(len(locked), f"{len(installed)} installed, {len(locked)} locked", findings)
+
+
+def _installed() -> dict[str, list[str]]:
+    """Normalized name -> the one version that import would find."""
     installed: dict[str, list[str]] = {}
     for distribution in importlib.metadata.distributions():
         # Of two on different folders of the path, the first is the one that is imported.
         if distribution.metadata["Name"]:
             installed.setdefault(normalize_name(distribution.metadata["Name"]), [distribution.version])
-    findings = list(compare_installed(locked, installed, same_version))
-    return Outcome(len(locked), f"{len(installed)} installed, {len(locked)} locked", findings)
+    return installed
+
+
+def _first(installed: dict[str, list[str]]) -> dict[str, str]:
+    return {name: versions[0] for name, versions in installed.items()}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from drydock.errors import DrydockError
+from drydock.verify.declared import Accelerator, read_absent, read_accelerator
 from drydock.verify.records import Rows, add_rows
 from drydock.verify.report import Finding
 from drydock.verify.tree import Seen, Tree
@@ -30,15 +32,6 @@ class Distribution(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Accelerator:
-    """The device an image is made for; `sm` are compute capabilities without the dot ("90")."""
-
-    kind: str
-    minimum_driver: str | None
-    sm: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class VendorBase:
     """The vendor's image that an image stands on; `site_packages` are without their leading slash, `provides` is
     normalized name -> version."""
@@ -50,8 +43,10 @@ class VendorBase:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`/usr/share/drydock/manifest.json`. `prefix` and `site_packages` are without their leading slash,
-    `debs` is name -> "version architecture"."""
+    """`/usr/share/drydock/manifest.json`, and of the definition beside it what a manifest does not have.
+
+    `prefix` and `site_packages` are without their leading slash, `debs` is name -> "version architecture",
+    `absent_distributions` is normalized name -> reason."""
 
     image: str
     machine: str
@@ -67,6 +62,7 @@ class Manifest:
     foreign_objects: Mapping[str, str]
     environment: Mapping[str, str]
     vendor: VendorBase | None = None
+    absent_distributions: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_manifest(tree: Tree) -> Manifest:
@@ -87,7 +83,7 @@ def read_manifest(tree: Tree) -> Manifest:
     try:
         if data["schema"] != 1:
             raise DrydockError(f"/{path} has schema {data['schema']}, this verifier reads 1: use its drydock")
-        accelerator = data["accelerator"]
+        definition = _definition(tree)
         return Manifest(
             image=data["image"],
             machine=data["machine"],
@@ -100,19 +96,37 @@ def read_manifest(tree: Tree) -> Manifest:
             ),
             debs={entry["name"]: f"{entry['version']} {entry['architecture']}" for entry in data["debs"]},
             base_record=data["base-record"],
-            accelerator=Accelerator(
-                kind=accelerator["kind"],
-                minimum_driver=accelerator["minimum-driver"],
-                sm=tuple(accelerator["sm"]),
-            ),
+            accelerator=_accelerator(data, definition),
             driver_libraries=tuple(data["driver-libraries"]),
             absent_libraries=dict(data["absent-libraries"]),
             foreign_objects=dict(data["foreign-objects"]),
             environment=dict(data["environment"]),
             vendor=_vendor(data["base"]) if "base" in data else None,
+            absent_distributions=read_absent(definition, data["image"]) if "engine" in definition else {},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DrydockError(f"/{path} cannot be read ({error!r}): build the image again") from error
+
+
+def _accelerator(data: Mapping[str, Any], definition: Mapping[str, Any]) -> Accelerator:
+    declared = data["accelerator"]
+    if declared["kind"] == "npu":
+        if not definition:
+            raise DrydockError(
+                f"/{RECORDS}/image.toml cannot be read, which says what NPUs it is made for: build the image again"
+            )
+        return read_accelerator(definition, data["image"])
+    return Accelerator(
+        kind=declared["kind"], minimum_driver=declared["minimum-driver"], sm=tuple(declared["sm"])
+    )
+
+
+def _definition(tree: Tree) -> dict[str, Any]:
+    """The definition that the image carries; nothing where it cannot be read, which the check of files names."""
+    try:
+        return tomllib.loads(tree.read(f"{RECORDS}/image.toml").decode())
+    except (OSError, ValueError):
+        return {}
 
 
 def _vendor(data: Mapping[str, Any]) -> VendorBase:

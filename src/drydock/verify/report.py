@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 PRINTED_FINDINGS = 50
 
-State = Literal["ok", "failed", "not-run", "not-applicable"]
+State = Literal["ok", "failed", "not-run", "not-applicable", "as-declared"]
+"""`as-declared`: something is missing, and the definition says so; it is printed, and no difference to the lock."""
 
 
 @dataclass(frozen=True, order=True)
