@@ -24,8 +24,8 @@ HELD = (
     "engine",
     "trainer",
     "torch",
-    "CUDA",
-    "NCCL",
+    "CUDA or CANN",
+    "NCCL or HCCL",
     "driver",
     "sm or SoC",
     "Python",
@@ -45,7 +45,8 @@ def matrix(root: Path) -> str:
 
 
 FOOTER = """A run is named with the tests that passed in it, and with those that failed. "Earlier" is a run of an image
-of that name with another digest than the one recorded now.
+of that name with another digest than the one recorded now. Of a base that is not read yet, the versions are what its
+definition says of it.
 """
 
 
@@ -82,7 +83,14 @@ def _held(image: Image, record: dict[str, object] | None) -> tuple[str, ...]:
     # Nothing of a vendor's image but what its definition says, which may be all that is known of it.
     versions = image.provides | {package.name: package.version for package in read_pylock(image).packages}
     python = image.vendor.python_version if image.vendor else Inputs(image).python_version
-    cuda = definition.accelerator.kind == "cuda"
+    kind = definition.accelerator.kind
+    toolkit = collectives = "-"
+    if kind == "cuda":
+        held_by = "the base's" if image.vendor else "-"
+        toolkit = versions.get("nvidia-cuda-runtime", held_by)
+        collectives = versions.get("nvidia-nccl-cu13", held_by)
+    elif kind == "npu":
+        toolkit, collectives = f"CANN {definition.accelerator.cann}", "HCCL, in CANN"
 
     def of(*names: str) -> str:
         return ", ".join(f"{name} {versions[name]}" for name in names if name in versions) or "-"
@@ -91,9 +99,9 @@ def _held(image: Image, record: dict[str, object] | None) -> tuple[str, ...]:
         f"`{image.name}`",
         of(image.engine.distribution),
         of("verl", "megatron-core"),
-        versions.get("torch", "-"),
-        versions.get("nvidia-cuda-runtime", "-") if cuda else "-",
-        versions.get("nvidia-nccl-cu13", "-") if cuda else "-",
+        ", ".join([versions.get("torch", "-"), *([of("torch-npu")] if "torch-npu" in versions else [])]),
+        toolkit,
+        collectives,
         definition.accelerator.minimum_driver or "-",
         ", ".join(definition.accelerator.sm or image.soc) or "-",
         python,
