@@ -22,7 +22,7 @@ from drydock.tiers import record as _record
 from drydock.tiers.budgets import TierBudget, tier_budget
 from drydock.tiers.device import CPU, CUDA, Device, device_for
 from drydock.tiers.link import Link
-from drydock.tiers.processes import age, now
+from drydock.tiers.processes import age
 from drydock.tiers.profiles import PROFILES, Profile, kind_of, read_profile
 
 GRACE_SECONDS = 5.0
@@ -206,7 +206,7 @@ class Tier:
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         self._failed = False
         mid_line = self.config.get_terminal_writer().width_of_current_line > 0
-        answer = self.link.ask("test", id=item.nodeid, born=now(), mid_line=mid_line)
+        answer = self.link.ask("test", id=item.nodeid, mid_line=mid_line)
         # True: it is dealt with, pytest goes on with the next one.
         return True if answer.get("refused") else None
 

@@ -55,7 +55,7 @@ class Watchdog:
         self._written = 0.0
         self._dirty = True
         # Of the running test:
-        self._born = 0
+        self._before: set[tuple[int, int]] = set()
         self._still = math.inf
         self._mid_line = False
         self._strikes = 0
@@ -162,7 +162,10 @@ class Watchdog:
                 self._shared |= {(pid, born) for pid, born in message["processes"]}
             case "test":
                 self._strikes = 0
-                self._born, self._still = message["born"], at + self._every
+                # By name and not by the time of their start, of which the kernel tells hundredths of a second: what was
+                # started at import would be taken for the first test's.
+                self._before = {process.key for process in descendants(os.getpid())}
+                self._still = at + self._every
                 self._mid_line = message["mid_line"]
                 self._answer({"refused": ledger.begin(message["id"], at)})
             case "done":
@@ -255,7 +258,7 @@ class Watchdog:
         kept: set[int] = set()
         doomed = set()
         for process in mine:  # parents first
-            if process.key in self._shared or process.born < self._born or process.parent in kept:
+            if process.key in self._shared | self._before or process.parent in kept:
                 kept.add(process.pid)
             else:
                 doomed.add(process.key)
