@@ -494,9 +494,11 @@ def look_up(image: Image, store: Store, against: Iterable[str] = ()) -> Answer:
         if name not in wheels and distribution in image.provides
     ]
     used = [use for use in found if use.package not in given]
+    # First, since it is what says of a package that the image has none.
+    missing = check(used, wheels)
     return Answer(
         uses=len(used),
         packages=summary(used, wheels),
-        missing=check(used, wheels),
+        missing=missing,
         of_the_base={name: sum(use.package == name for use in found) for name in given},
     )
