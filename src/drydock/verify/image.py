@@ -156,12 +156,13 @@ def open_image(root: Path) -> Image:
     manifest = read_manifest(tree)
     # Of a vendor's base nobody here knows the files.
     folders = () if manifest.vendor else BASE_FOLDERS
-    in_prefix, *below = tree.walk(manifest.prefix, *folders)
-    in_base = {path: seen for found in below for path, seen in found.items()}
+    walked = tree.walking(manifest.prefix, *folders)
     base: Rows = {}
     findings: list[Finding] = []
     with contextlib.suppress(OSError, csv.Error):  # `check_debs` reports it
         findings = add_rows(tree, f"{RECORDS}/base.RECORD", base)
+    in_prefix, *below = walked()
+    in_base = {path: seen for found in below for path, seen in found.items()}
     return Image(
         tree=tree,
         manifest=manifest,

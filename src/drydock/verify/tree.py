@@ -86,8 +86,12 @@ class Tree:
 
     def walk(self, *tops: str) -> list[dict[str, Seen]]:
         """For each folder, everything under it but folders; a missing or unreadable one is empty."""
+        return self.walking(*tops)()
+
+    def walking(self, *tops: str) -> Callable[[], list[dict[str, Seen]]]:
+        """Begin to walk; what is returned waits for the end and gives what `walk` does."""
         found: list[dict[str, Seen]] = []
-        left: list[tuple[int, str]] = []
+        tasks: list[tuple[int, list[str]]] = []
         for number, top in enumerate(tops):
             files, folders = _scan(self.root, top)
             found.append(files)
@@ -100,28 +104,26 @@ class Tree:
                     found[number] |= files
                     inner += below
                 folders = inner
-            left += [(number, folder) for folder in folders]
-        with contextlib.ExitStack() as stack:
-            each: Callable[..., Iterable[tuple[int, Listing]]] = map
-            parts = 1
-            # A few folders are not worth a process, and a process pool needs a /dev/shm.
-            if left and os.access("/dev/shm", os.W_OK):
-                context = multiprocessing.get_context("fork")
-                # One pool for all: starting and ending it takes as long as reading thousands of folders.
-                each = stack.enter_context(ProcessPoolExecutor(WALKERS, context)).map
-                parts = 8 * WALKERS
-            shares = [
-                (number, [folder for of, folder in left if of == number]) for number in range(len(tops))
-            ]
-            tasks = [
-                (number, share[n::parts]) for number, share in shares for n in range(parts) if share[n::parts]
-            ]
-            for number, listing in each(partial(_walk_below, self.root), tasks):
+            parts = 8 * WALKERS
+            tasks += [(number, folders[n::parts]) for n in range(min(parts, len(folders)))]
+        walk = partial(_walk_below, self.root)
+        listings: Iterable[tuple[int, Listing]] = map(walk, tasks)
+        # A few folders are not worth a process, and a process pool needs a /dev/shm.
+        if tasks and os.access("/dev/shm", os.W_OK):
+            # One pool for all, whose end nobody waits for: both take as long as reading thousands of folders.
+            pool = ProcessPoolExecutor(WALKERS, multiprocessing.get_context("fork"))
+            listings = pool.map(walk, tasks)
+            pool.shutdown(wait=False)
+
+        def end() -> list[dict[str, Seen]]:
+            for number, listing in listings:
                 for folder, files_in in listing:
                     found[number] |= {f"{folder}/{name}": Seen(mode, size) for name, mode, size in files_in}
-        for files in found:
-            self._walked |= files
-        return found
+            for files in found:
+                self._walked |= files
+            return found
+
+        return end
 
     def look(self, path: str) -> Seen | None:
         """What lies at a path, or None for nothing.
