@@ -32,7 +32,7 @@ from drydock.vendor import unread_line
 RUNNERS = ".github/runners.toml"
 TOOLS = "lock/drydock.txt"
 """The lock of drydock's own tools, of which the compressor's and two others' versions decide bytes."""
-READERS = ("definition", "locks", "vendor")
+READERS = ("definition", "locks", "naming", "vendor")
 """Modules that are not the assembler's own, and through which a definition or a lock comes to it."""
 IN_THE_IMAGE = ("src/drydock/", "tests/", "pyproject.toml")
 """What a tier's run may read of the checkout."""
@@ -265,17 +265,19 @@ def plan(root: Path, base: str | None, profile: str, environ: Mapping[str, str])
     """
     runners = read_toml(root / RUNNERS, Runners)
     work = touched(root, base)
+    images = {image.name: image for image in _images(root)}
+    defined = {image.definition.hardware for image in images.values()}
     sessions: list[Session] = []
     left_out = [
         NotRun(what=f"the tiers on {hardware}", reason=f"no image is defined for it (images/{hardware})")
         for hardware in runners.hardware
-        if not (root / "images" / hardware / "image.toml").is_file()
+        if hardware not in defined
     ]
     left_out += [
-        NotRun(what=image.name, reason=unread_line(image)) for image in _images(root) if image.unread
+        NotRun(what=image.name, reason=unread_line(image)) for image in images.values() if image.unread
     ]
     for name, why in work.tiers.items():
-        row = _session(Image.named(root, name), profile, runners, environ, _joined(why))
+        row = _session(images[name], profile, runners, environ, _joined(why))
         (sessions if isinstance(row, Session) else left_out).append(row)  # type: ignore[arg-type]
     return Plan(
         images=tuple(Build(image=name, why=_joined(why)) for name, why in work.images.items()),

@@ -15,6 +15,7 @@ from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from drydock.errors import DrydockError
+from drydock.naming import COMMON, base_lock, definition_path, split_variant
 from drydock.npu_smi import version_key
 
 
@@ -47,8 +48,6 @@ RequirementText = Annotated[str, AfterValidator(_requirement)]
 VersionText = Annotated[str, AfterValidator(_version)]
 Reason = Annotated[str, Field(min_length=10, description="why, for the reviewer of a lock")]
 Architecture = Literal["amd64", "arm64"]
-COMMON = "image.toml"
-"""The definition that the engines of a hardware share."""
 
 MACHINES: dict[Architecture, str] = {"amd64": "x86_64", "arm64": "aarch64"}
 """The kernel's and Python's name for what OCI and Debian call the architecture."""
@@ -271,9 +270,8 @@ class Image:
     @property
     def vendor_lock_path(self) -> Path:
         """The lock of the vendor's image, which all engines of one definition share."""
-        common = f"{self.definition.hardware}-{self.variant}" if self.variant else self.definition.hardware
-        of = self.name if self.definition_path.name != COMMON else common
-        return self.root / "lock" / f"base-{of}.toml"
+        definition = self.definition_path.name
+        return self.root / base_lock(definition, self.definition.hardware, self.engine_name, self.variant)
 
     @property
     def unread(self) -> bool:
@@ -317,20 +315,18 @@ class Image:
             DrydockError: there is no such hardware, engine or variant; the line lists those there are.
         """
         hardware, _, rest = name.partition("-")
-        path = root / definition_file(root, hardware, rest)
+        path = definition_path(root, name)
         if not path.is_file():
             raise DrydockError(f"unknown image {name!r}: there are {', '.join(image_names(root))}")
         definition = read_definition(path)
-        engine, variant = rest or definition.default_engine, ""
-        if engine not in definition.engine:
-            engine, _, variant = engine.rpartition("-")
-            variants = _variants(definition)
-            if engine not in definition.engine or variant not in variants:
-                raise DrydockError(
-                    f"unknown image {name!r}: {hardware} has the engine(s) {', '.join(sorted(definition.engine))} "
-                    f"(engine.* in {path.relative_to(root)}, or a file of its own beside it)"
-                    + (f", each as {', '.join(sorted(variants))} too (base.variants)" if variants else "")
-                )
+        engine, variant = split_variant(rest or definition.default_engine, definition.engine)
+        variants = _variants(definition)
+        if engine not in definition.engine or variant not in ("", *variants):
+            raise DrydockError(
+                f"unknown image {name!r}: {hardware} has the engine(s) {', '.join(sorted(definition.engine))} "
+                f"(engine.* in {path.relative_to(root)}, or a file of its own beside it)"
+                + (f", each as {', '.join(sorted(variants))} too (base.variants)" if variants else "")
+            )
         if isinstance(definition.base, VendorBase):
             return cls(root, path, definition, engine, None, variant)
         request = root / "images" / f"debian-{definition.base.release}.toml"
@@ -340,16 +336,6 @@ class Image:
                 "which would say what that holds"
             )
         return cls(root, path, definition, engine, read_toml(request, DebianRequest))
-
-
-def definition_file(root: Path, hardware: str, engine: str) -> str:
-    """Where an image is defined, as a path in the checkout: the engine's own file, where it has a base or a Python that
-    others of its hardware have not, else the hardware's common one. `engine` may have a variant behind it."""
-    for name in (engine, engine.rpartition("-")[0]):
-        own = f"images/{hardware}/{name}.toml"
-        if name and (root / own).is_file():
-            return own
-    return f"images/{hardware}/{COMMON}"
 
 
 def _variants(definition: Definition) -> dict[str, Variant]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drydock.definition import COMMON, Image
+from drydock.definition import Image
 from drydock.errors import DrydockError
 from drydock.locks import read_debian_lock, read_pylock
+from drydock.naming import base_lock, definition_files, split_variant
 from drydock.oci import Layer, read_image
 from drydock.progress import amount
 from drydock.relock import versions_in
@@ -65,21 +66,14 @@ def side(root: Path, store: Store, name: str) -> Side:
 
 def _earlier(root: Path, name: str, revision: str) -> Side:
     """An image as a revision had it, read loosely: a definition of then may have keys that none has now."""
-    hardware, _, engine = name.partition("-")
-    vendor_lock = f"lock/base-{hardware}-{engine}.toml"
+    hardware, _, rest = name.partition("-")
+    file, definition = _definition(root, revision, name)
     try:
-        definition = _toml(root, revision, f"images/{hardware}/{engine}.toml")
-    except DrydockError:
-        vendor_lock = f"lock/base-{hardware}.toml"
-        definition = _toml(root, revision, f"images/{hardware}/{COMMON}")
-    try:
-        named = engine = engine or definition["default-engine"]
-        if engine not in definition["engine"]:
-            engine, _, variant = engine.rpartition("-")
-            vendor_lock = f"lock/base-{hardware}-{variant}.toml"
+        named = rest or definition["default-engine"]
+        engine, variant = split_variant(named, definition["engine"])
         environment = definition["engine"][engine].get("environment", {})
         if definition["base"]["kind"] == "image":
-            base = vendor_lock
+            base = base_lock(file, hardware, engine, variant)
         else:
             base = f"lock/debian-{definition['base']['release']}-{definition['architecture']}.toml"
     except (KeyError, TypeError, AttributeError) as error:
@@ -93,6 +87,15 @@ def _earlier(root: Path, name: str, revision: str) -> Side:
         environment=environment,
         layers=None,
     )
+
+
+def _definition(root: Path, revision: str, image: str) -> tuple[str, dict[str, Any]]:
+    """The name of the file that defined an image in a revision, and what it said."""
+    *own, common = definition_files(image)
+    for file in own:
+        with contextlib.suppress(DrydockError):  # there was none
+            return Path(file).name, _toml(root, revision, file)
+    return Path(common).name, _toml(root, revision, common)
 
 
 def _toml(root: Path, revision: str, path: str) -> dict[str, Any]:

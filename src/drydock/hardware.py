@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from drydock import npu_smi
-from drydock.definition import MACHINES, Definition, VendorBase, image_names, read_definition
+from drydock.definition import MACHINES, Definition, Image, VendorBase, image_names
 from drydock.tiers.device import CPU, CUDA, NPU, Device, device_here
 
 
@@ -42,7 +42,7 @@ def variant_here(definition: Definition) -> str:
 def definition_for(root: Path, device: Device) -> Definition | None:
     """The definition of images for a kind of accelerator and this machine's architecture, if there is one."""
     for name in image_names(root):
-        definition = read_definition(root / "images" / name.partition("-")[0] / "image.toml")
+        definition = Image.named(root, name).definition
         if (
             definition.accelerator.kind == device.kind
             and MACHINES[definition.architecture] == platform.machine()

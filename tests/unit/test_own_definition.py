@@ -16,10 +16,12 @@ from drydock.cli import app
 from drydock.definition import Image, image_names
 from drydock.diff import side
 from drydock.errors import DrydockError
+from drydock.hardware import definition_for
 from drydock.matrix import matrix
 from drydock.oci import Built
 from drydock.published import write_record
 from drydock.store import Store
+from drydock.tiers.device import CUDA
 from drydock.verify.here import verify_here
 
 DIGEST = f"sha256:{'1' * 64}"
@@ -28,6 +30,9 @@ OWN = VENDOR_DEFINITION.replace("mini", "own").format(
     site_packages="/usr/lib/python3/dist-packages", provided="torch", version="2.9.1",
     requirements='["alpha", "torch"]', more="",
 )  # fmt: skip
+VARIANT = f'[base.variants.b2]\ndigest = "{DIGEST}"\nversion = "1.2.1-b2"\nsoc = ["Chip2"]\n'
+LOCK = f'repository = "vendor/release"\nversion = "1"\nmanifest = "{"4" * 64}"\n'
+BASE = {"vendor/release": f"1 sha256:{'4' * 12}"}
 NOT_READ = "its base is not read yet: run `drydock lock --base box-own` where a registry has it"
 
 
@@ -50,6 +55,12 @@ def locked(root: Path, environ: dict[str, str], *names: str, named: bool = True,
     images = [Image.named(root, name) for name in names]
     changes = relock.lock(images, Store(root / "store"), environ, named=named, **more)
     return [f"{change['lock']} {change['package']}" for change in changes]
+
+
+def commit(root: Path) -> None:
+    git = ["git", "-C", str(root), "-c", "user.name=t", "-c", "user.email=t@example.invalid"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "then"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
 
 
 def test_each_engine_has_its_definition_and_its_locks(root: Path) -> None:
@@ -164,14 +175,31 @@ def test_an_environment_is_compared_with_its_own_definition(root: Path, environ:
     assert checks["accelerator"].state != "not-applicable", "of box-mini, which has no accelerator"
 
 
+def test_a_variant_of_it_is_found_here_and_in_a_revision(root: Path, environ: dict[str, str]) -> None:
+    path = root / "images/box/own.toml"
+    path.write_text(OWN.replace("[base.provides]", f"{VARIANT}[base.provides]"))
+    locked(root, environ, "box-own-b2", only_packages=True)
+    (root / "lock/base-box-own-b2.toml").write_text(LOCK)
+    commit(root)
+    found = side(root, Store(root / "store"), "box-own-b2@HEAD")
+    assert (found.name, found.python, found.base) == ("box-own-b2@HEAD", {"alpha": "1.0"}, BASE)
+    assert verify_here(root, "box-own-b2").image == "box-own-b2"
+
+
+def test_a_hardware_with_such_files_only_is_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = root / "images/box/own.toml"
+    path.write_text(OWN.replace('kind = "none"', 'kind = "cuda"\nminimum-driver = "580"\nsm = ["90"]'))
+    (root / "images/box/image.toml").unlink()
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    found = definition_for(root, CUDA)
+    assert found
+    assert found.hardware == "box"
+
+
 def test_it_is_compared_with_what_a_revision_had(root: Path, environ: dict[str, str]) -> None:
     locked(root, environ, "box-own", only_packages=True)
-    (root / "lock/base-box-own.toml").write_text(
-        f'repository = "vendor/release"\nversion = "1"\nmanifest = "{"4" * 64}"\n'
-    )
-    git = ["git", "-C", str(root), "-c", "user.name=t", "-c", "user.email=t@example.invalid"]
-    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "then"]):
-        subprocess.run([*git, *words], check=True, capture_output=True)
+    (root / "lock/base-box-own.toml").write_text(LOCK)
+    commit(root)
     found = side(root, Store(root / "store"), "box-own@HEAD")
-    assert (found.python, found.base) == ({"alpha": "1.0"}, {"vendor/release": f"1 sha256:{'4' * 12}"})
+    assert (found.python, found.base) == ({"alpha": "1.0"}, BASE)
     assert json.dumps(found.environment) == "{}"

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from drydock.naming import split_variant
+
 
 @dataclass(frozen=True, kw_only=True)
 class Accelerator:
@@ -54,8 +56,6 @@ def locked_as(definition: Mapping[str, Any], image: str) -> str:
 
 def _engine(definition: Mapping[str, Any], image: str) -> tuple[Mapping[str, Any], str]:
     """The image's engine, and its variant or nothing."""
-    engines, name = definition["engine"], image.partition("-")[2]
-    if name in engines:
-        return engines[name], ""
-    name, _, variant = name.rpartition("-")
+    engines = definition["engine"]
+    name, variant = split_variant(image.partition("-")[2], engines)
     return engines[name], variant

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from drydock.errors import DrydockError
+from drydock.naming import definition_path
 from drydock.verify.accelerator import check_devices
 from drydock.verify.declared import locked_as, read_absent, read_accelerator
 from drydock.verify.distributions import check_absent
@@ -38,9 +39,7 @@ def verify_here(root: Path, name: str) -> Report:
         DrydockError: its lock or its definition cannot be read.
     """
     started = time.perf_counter()
-    hardware, _, engine = name.partition("-")
-    own = root / "images" / hardware / f"{engine}.toml"
-    definition = _read(own if own.is_file() else own.with_name("image.toml"))
+    definition = _read(definition_path(root, name))
     try:
         lock = _read(root / "lock" / f"pylock.{locked_as(definition, name)}.toml")
         locked = {normalize_name(entry["name"]): entry["version"] for entry in lock["packages"]}
