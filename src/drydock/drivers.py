@@ -8,9 +8,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from drydock import npu_smi
 from drydock.errors import DrydockError
 from drydock.namespaces import Bind
+from drydock.tiers.device import NPU
 
 DRIVER_FOLDERS = ("/usr/local/nvidia/lib64", "/usr/lib/{machine}-linux-gnu", "/usr/lib64", "/usr/lib/wsl/lib")
 DRIVER_LIBRARIES = (
@@ -61,7 +61,7 @@ def missing_files(root: Path = Path("/")) -> list[str]:
 
 def npu_files(root: Path = Path("/")) -> list[Bind]:
     """The NPUs' devices and the driver's files, under the folder that stands for the machine's root."""
-    chips = npu_smi.device_files(root / "dev")
+    chips = NPU.files(root / "dev")
     if not chips:
         raise DrydockError("NPUs were asked for and this machine has no /dev/davinci*: load Ascend's driver")
     if lacking := missing_files(root):

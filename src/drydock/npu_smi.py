@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 SECONDS = 60.0
@@ -63,11 +62,6 @@ class Seen(NamedTuple):
     driver: str
     npus: tuple[Npu, ...]
     processes: tuple[Process, ...]
-
-
-def device_files(dev: Path = Path("/dev")) -> list[Path]:
-    """The device file of each chip, as the driver makes them; none where there is no driver."""
-    return sorted(path for path in dev.glob("davinci[0-9]*") if path.name[7:].isdigit())
 
 
 def version_key(version: str) -> tuple[tuple[int, int], ...]:

@@ -464,10 +464,9 @@ def _need_device(image: Image, options: argparse.Namespace) -> Device:
     """What the image is made for, of which there is to be one here."""
     device = device_for(image.definition.accelerator.kind)
     if device is not CPU and not options.cpu_part and not device.here():
-        vendor = {"GPU": "NVIDIA", "NPU": "Ascend"}[device.word]
         raise DrydockError(
-            f"{image.name} needs an {vendor} {device.word} and this machine shows none: run it where there is one, "
-            "add --cpu-part for the tests that need none, or name --hardware cpu"
+            f"{image.name} needs an {device.maker} {device.word} and this machine shows none: run it where there "
+            "is one, add --cpu-part for the tests that need none, or name --hardware cpu"
         )
     return device
 

@@ -47,7 +47,6 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
             program.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
         monkeypatch.setattr(device, "DEV", dev)
-        monkeypatch.setattr(devices, "DEV", dev)
         return tmp_path
 
     return make
@@ -76,6 +75,14 @@ def an_h100(machine: Machine, tmp_path: Path) -> None:
 
 
 # What a tier's tests see.
+
+
+def test_a_device_is_a_file_with_a_number(tmp_path: Path) -> None:
+    for name in ("davinci0", "davinci12", "davinci_manager", "davinci0_log", "devmm_svm"):
+        (tmp_path / name).touch()
+    assert [path.name for path in NPU.files(tmp_path)] == ["davinci0", "davinci12"]
+    assert NPU.files(tmp_path / "nothing") == []
+    assert CPU.files(tmp_path) == []
 
 
 def test_what_a_machine_has_is_counted(machine: Machine) -> None:

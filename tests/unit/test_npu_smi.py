@@ -87,10 +87,3 @@ def test_versions_of_drivers_in_the_order_of_their_release() -> None:
 def test_what_is_no_version_is_not_compared(version: str) -> None:
     with pytest.raises(ValueError, match="is no version of Ascend's driver"):
         version_key(version)
-
-
-def test_a_device_is_a_file_with_a_number(tmp_path: Path) -> None:
-    for name in ("davinci0", "davinci12", "davinci_manager", "davinci0_log", "devmm_svm"):
-        (tmp_path / name).touch()
-    assert [path.name for path in npu_smi.device_files(tmp_path)] == ["davinci0", "davinci12"]
-    assert npu_smi.device_files(tmp_path / "nothing") == []

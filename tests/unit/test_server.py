@@ -45,6 +45,7 @@ from drydock.server import (
     ports,
     processes,
 )
+from drydock.tiers import device as device_module
 
 HERE = Path(__file__).parent
 SOURCE = Path(server_package.__file__).parents[2]
@@ -885,7 +886,7 @@ def test_no_accelerator_means_no_memory_and_one_that_cannot_be_asked_is_an_error
     (dev / "nvidiactl").touch()
     if device:
         (dev / "nvidia0").touch()
-    monkeypatch.setattr(devices, "DEV", dev)
+    monkeypatch.setattr(device_module, "DEV", dev)
     monkeypatch.setattr(devices, "NVIDIA_SMI_SECONDS", 0.2 if program == "hangs" else LONG)
     folder = nvidia_smi(("[N/A]" if program == "says N/A" else 0, 0), status=9 * (program == "fails"))
     if program == "none":
@@ -925,7 +926,7 @@ def npu_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         (folder / "npu-smi").chmod(0o755)
         monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
         monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
-        monkeypatch.setattr(devices, "DEV", dev)
+        monkeypatch.setattr(device_module, "DEV", dev)
 
     return replay
 

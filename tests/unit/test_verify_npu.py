@@ -9,6 +9,7 @@ import npu_outputs
 import pytest
 
 from drydock import npu_smi
+from drydock.tiers import device
 from drydock.verify import npu
 from drydock.verify.accelerator import check_devices
 from drydock.verify.declared import Accelerator, locked_as, read_absent, read_accelerator
@@ -101,7 +102,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     (tmp_path / "version.info").write_text(DRIVER_INFO)
     monkeypatch.setattr(npu, "DRIVER", tmp_path / "version.info")
-    monkeypatch.setattr(npu_smi, "device_files", lambda: [Path("/dev/davinci5")])
+    (tmp_path / "davinci5").touch()
+    monkeypatch.setattr(device, "DEV", tmp_path)
     return tmp_path
 
 
@@ -115,9 +117,8 @@ def test_a_machine_is_asked(machine: Path) -> None:
     assert outcome.findings == [Finding("driver", "npu-smi info failed: dcmi module initialize failed")]
 
 
-@pytest.mark.usefixtures("machine")
-def test_without_a_chip_it_is_not_run_and_never_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npu_smi, "device_files", list)
+def test_without_a_chip_it_is_not_run_and_never_passed(machine: Path) -> None:
+    (machine / "davinci5").unlink()
     assert check_devices(A2, torch=True) == (0, "no device: there is no /dev/davinci*", (), (), "not-run")
 
 

@@ -10,14 +10,12 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from drydock import npu_smi
 from drydock.server.errors import ServerError
 from drydock.tiers.device import CUDA, NPU
 
-DEV = Path("/dev")
 TOLERANCE_MIB = 64
 """By how much a device may differ from where it was: contexts of monitoring tools come and go."""
 NVIDIA_SMI_SECONDS = 60.0
@@ -39,7 +37,7 @@ class Kind(NamedTuple):
 
 def kind_here() -> Kind:
     """What this machine has; a GPU's where it has none, which then says so."""
-    return NPUS if npu_smi.device_files(DEV) else GPUS
+    return NPUS if NPU.here() else GPUS
 
 
 def used_mib(environment: Mapping[str, str]) -> dict[str, int] | None:
@@ -81,7 +79,7 @@ def wait_returned(before: Mapping[str, int], environment: Mapping[str, str], lim
 
 
 def _gpus_used(environment: Mapping[str, str]) -> dict[str, int] | None:
-    present = bool(list(DEV.glob("nvidia[0-9]*")))
+    present = CUDA.here() > 0
     if shutil.which("nvidia-smi") is None:
         if present:
             raise ServerError("this machine has GPUs and no nvidia-smi: whether a server gives their memory back "

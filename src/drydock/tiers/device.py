@@ -18,6 +18,7 @@ class Device(NamedTuple):
 
     Parameters:
         kind: torch's name of it, `cuda`, `npu` or `cpu`.
+        maker: whose they are.
         word: what one is called.
         backend: torch.distributed's, for groups of processes with one each.
         visible: the variable that says which of them a process may use; an empty one hides all.
@@ -25,17 +26,25 @@ class Device(NamedTuple):
     """
 
     kind: str
+    maker: str
     word: str
     backend: str
     visible: str = ""
     file: str = ""
 
+    def files(self, dev: Path | None = None) -> list[Path]:
+        """The device file of each, as the driver makes them; none where there is no driver.
+
+        Parameters:
+            dev: the machine's /dev.
+        """
+        length = len(self.file)
+        found = (DEV if dev is None else dev).glob(f"{self.file}[0-9]*") if self.file else ()
+        return sorted(path for path in found if path.name[length:].isdigit())
+
     def here(self) -> int:
         """How many the driver shows."""
-        if not self.file:
-            return 0
-        length = len(self.file)
-        return len([path for path in DEV.glob(f"{self.file}[0-9]*") if path.name[length:].isdigit()])
+        return len(self.files())
 
     def at(self, number: int) -> str:
         """torch's name of one of them."""
@@ -58,21 +67,23 @@ class Device(NamedTuple):
         return free
 
 
-CPU = Device("cpu", "CPU", "gloo")
-CUDA = Device("cuda", "GPU", "nccl", "CUDA_VISIBLE_DEVICES", "nvidia")
-NPU = Device("npu", "NPU", "hccl", "ASCEND_RT_VISIBLE_DEVICES", "davinci")
+CPU = Device("cpu", "", "CPU", "gloo")
+CUDA = Device("cuda", "NVIDIA", "GPU", "nccl", "CUDA_VISIBLE_DEVICES", "nvidia")
+NPU = Device("npu", "Ascend", "NPU", "hccl", "ASCEND_RT_VISIBLE_DEVICES", "davinci")
+ACCELERATORS = (NPU, CUDA)
+"""In the order in which they are looked for."""
 
 
 def device_for(accelerator: str) -> Device:
     """The device that an image is made for; the CPU for `none`."""
-    return {"cuda": CUDA, "npu": NPU}.get(accelerator, CPU)
+    return next((device for device in ACCELERATORS if device.kind == accelerator), CPU)
 
 
 def device_here() -> Device:
     """What this machine has."""
-    return next((device for device in (NPU, CUDA) if device.here()), CPU)
+    return next((device for device in ACCELERATORS if device.here()), CPU)
 
 
 def hidden() -> dict[str, str]:
     """Variables for a process that is to see no accelerator."""
-    return {device.visible: "" for device in (CUDA, NPU)}
+    return {device.visible: "" for device in ACCELERATORS}

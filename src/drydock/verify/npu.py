@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from drydock import npu_smi
+from drydock.tiers.device import NPU
 from drydock.verify.declared import Accelerator
 from drydock.verify.report import Finding, Outcome
 from drydock.verify.tree import Tree
@@ -22,7 +23,7 @@ CANN_FILES = ("ascend_toolkit_install.info", "ascend_all_cann_install.info", "as
 
 def check_npus(accelerator: Accelerator) -> Outcome:
     """The driver's version and every chip against what is declared; not run where there is no device."""
-    if not npu_smi.device_files():
+    if not NPU.here():
         return Outcome(0, "no device: there is no /dev/davinci*", state="not-run")
     try:
         seen = npu_smi.look()
