@@ -58,9 +58,8 @@ def _scan(root: str, folder: str) -> tuple[dict[str, Seen], list[str]]:
     return found, folders
 
 
-def _walk_below(root: str, task: tuple[int, Sequence[str]]) -> tuple[int, Listing]:
-    """The listing of everything under some folders, with the number that they came with."""
-    number, tops = task
+def _walk_below(root: str, tops: Sequence[str]) -> Listing:
+    """The listing of everything under these folders."""
     found = []
     folders = list(tops)
     while folders:
@@ -69,7 +68,7 @@ def _walk_below(root: str, task: tuple[int, Sequence[str]]) -> tuple[int, Listin
         skip = len(folder) + 1
         found.append((folder, [(path[skip:], *seen) for path, seen in files.items()]))
         folders += inner
-    return number, found
+    return found
 
 
 class Tree:
@@ -91,7 +90,8 @@ class Tree:
     def walking(self, *tops: str) -> Callable[[], list[dict[str, Seen]]]:
         """Begin to walk; what is returned waits for the end and gives what `walk` does."""
         found: list[dict[str, Seen]] = []
-        tasks: list[tuple[int, list[str]]] = []
+        of: list[int] = []
+        shares: list[list[str]] = []
         for number, top in enumerate(tops):
             files, folders = _scan(self.root, top)
             found.append(files)
@@ -104,19 +104,20 @@ class Tree:
                     found[number] |= files
                     inner += below
                 folders = inner
-            parts = 8 * WALKERS
-            tasks += [(number, folders[n::parts]) for n in range(min(parts, len(folders)))]
+            parts = min(8 * WALKERS, len(folders))
+            of += [number] * parts
+            shares += [folders[n::parts] for n in range(parts)]
         walk = partial(_walk_below, self.root)
-        listings: Iterable[tuple[int, Listing]] = map(walk, tasks)
+        listings: Iterable[Listing] = map(walk, shares)
         # A few folders are not worth a process, and a process pool needs a /dev/shm.
-        if tasks and os.access("/dev/shm", os.W_OK):
+        if shares and os.access("/dev/shm", os.W_OK):
             # One pool for all, whose end nobody waits for: both take as long as reading thousands of folders.
             pool = ProcessPoolExecutor(WALKERS, multiprocessing.get_context("fork"))
-            listings = pool.map(walk, tasks)
+            listings = pool.map(walk, shares)
             pool.shutdown(wait=False)
 
         def end() -> list[dict[str, Seen]]:
-            for number, listing in listings:
+            for number, listing in zip(of, listings, strict=True):
                 for folder, files_in in listing:
                     found[number] |= {f"{folder}/{name}": Seen(mode, size) for name, mode, size in files_in}
             for files in found:
