@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from drydock.errors import DrydockError
@@ -54,14 +55,15 @@ def verify(root: Path, full: bool) -> Report:
         "accelerator": lambda: check_accelerator(image.manifest, live),
     }
     manifest = image.manifest
+    installed = cache(lambda: held(image))
     if manifest.accelerator.kind == "npu":
         checks["cann"] = lambda: check_cann(
-            manifest.accelerator, image.tree, manifest.machine, manifest.environment, held(image)
+            manifest.accelerator, image.tree, manifest.machine, manifest.environment, installed()
         )
     if manifest.vendor:
         checks["base"] = lambda: check_provided(image)
     if manifest.absent_distributions:
-        checks["absent"] = lambda: check_absent(manifest.absent_distributions, held(image))
+        checks["absent"] = lambda: check_absent(manifest.absent_distributions, installed())
     return Report(
         image=image.manifest.image,
         checks=tuple(Check.run(name, check) for name, check in checks.items()),

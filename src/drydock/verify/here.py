@@ -12,6 +12,7 @@ import os
 import platform
 import time
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,11 @@ def verify_here(root: Path, name: str) -> Report:
         absent_distributions = read_absent(definition, name)
     except KeyError as error:
         raise DrydockError(f"the lock or definition of {name} has no {error}: run `drydock lock`") from None
+    installed = cache(_installed)
     absent = Outcome(0, "not an image: nothing to compare with", state="not-run")
     checks = {
         "python": lambda: _check_python(series),
-        "distributions": lambda: _check_distributions(locked),
+        "distributions": lambda: _check_distributions(locked, installed()),
         "files": lambda: absent,
         "debs": lambda: absent,
         "libraries": lambda: absent,
@@ -61,10 +63,10 @@ def verify_here(root: Path, name: str) -> Report:
     }
     if accelerator.kind == "npu":
         checks["cann"] = lambda: check_cann(
-            accelerator, Tree(Path("/")), platform.machine(), os.environ, _first(_installed())
+            accelerator, Tree(Path("/")), platform.machine(), os.environ, installed()
         )
     if absent_distributions:
-        checks["absent"] = lambda: check_absent(absent_distributions, _first(_installed()))
+        checks["absent"] = lambda: check_absent(absent_distributions, installed())
     return Report(
         image=name,
         checks=tuple(Check.run(title, check) for title, check in checks.items()),
@@ -94,22 +96,18 @@ def _check_python(series: str) -> Outcome:
     return Outcome(2, f"{running.implementation} {running.version} in {running.prefix}", findings)
 
 
-def _check_distributions(locked: dict[str, str]) -> Outcome:
+def _check_distributions(locked: dict[str, str], installed: dict[str, str]) -> Outcome:
     """Every distribution that is found first on the path, as import does."""
-    installed = _installed()
-    findings = list(compare_installed(locked, installed, same_version))
+    versions = {name: [version] for name, version in installed.items()}
+    findings = list(compare_installed(locked, versions, same_version))
     return Outcome(len(locked), f"{len(installed)} installed, {len(locked)} locked", findings)
 
 
-def _installed() -> dict[str, list[str]]:
-    """Normalized name -> the one version that import would find."""
-    installed: dict[str, list[str]] = {}
+def _installed() -> dict[str, str]:
+    """Normalized name -> the version that import would find."""
+    installed: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         # Of two on different folders of the path, the first is the one that is imported.
         if distribution.metadata["Name"]:
-            installed.setdefault(normalize_name(distribution.metadata["Name"]), [distribution.version])
+            installed.setdefault(normalize_name(distribution.metadata["Name"]), distribution.version)
     return installed
-
-
-def _first(installed: dict[str, list[str]]) -> dict[str, str]:
-    return {name: versions[0] for name, versions in installed.items()}
