@@ -84,8 +84,6 @@ def uses(root: Path, engine: str) -> list[Use]:
         root: the checkout.
         engine: its name, as images have it.
     """
-    package = IMPORTED_AS.get(engine, engine)
-    packages = {*PACKAGES, package}
     found: set[Use] = set()
     for folder in OURS:
         for path in sorted((root / folder).rglob("*.py")):
@@ -94,7 +92,7 @@ def uses(root: Path, engine: str) -> list[Use]:
             of = OWN.search(text)
             if of is not None and of[1] != engine:
                 continue
-            reader = _Reader(str(path.relative_to(root)), packages, engine, package)
+            reader = _Reader(str(path.relative_to(root)), engine)
             reader.visit(ast.parse(text))
             found |= {use for use in reader.found if REFUSED not in lines[use.line - 1]}
     return sorted(found)
@@ -103,8 +101,10 @@ def uses(root: Path, engine: str) -> list[Use]:
 class _Reader(ast.NodeVisitor):
     """Collects the uses of one file."""
 
-    def __init__(self, file: str, packages: set[str], engine: str, package: str) -> None:
-        self.file, self.packages, self.engine, self.package = file, packages, engine, package
+    def __init__(self, file: str, engine: str) -> None:
+        self.file, self.engine = file, engine
+        self.package = IMPORTED_AS.get(engine, engine)
+        self.packages = {*PACKAGES, self.package}
         self.found: list[Use] = []
         self.in_engine = False
         self.modules: dict[str, str] = {}
