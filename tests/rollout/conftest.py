@@ -69,12 +69,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def engine(request: pytest.FixtureRequest) -> str:
-    """The name of the image's engine."""
-    return request.config.getoption("engine") or "vllm"
-
-
-@pytest.fixture(scope="session")
 def launch(engine: str, profile: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Launch:
     words = SPEECHES[engine]
     environment = dict(words.environment)

@@ -18,12 +18,6 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def engine(request: pytest.FixtureRequest) -> str:
-    """The name of the image's engine."""
-    return request.config.getoption("engine") or "vllm"
-
-
-@pytest.fixture(scope="session")
 def preloaded() -> Iterator[None]:
     """The process that ranks are forked from has imported what they need, so that no test waits for it."""
     run_ranks(os.getpid, 1, deadline=180.0)

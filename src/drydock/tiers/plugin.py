@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -345,25 +345,19 @@ def _reason(item: pytest.Item) -> str | None:
     if item.config.getoption("cpu_part") and (number := _devices_for(item)):
         word = f"{_device(item).word}{'s' * (number > 1)}"
         reasons.append(f"needs {number} {word}, and --cpu-part asks for what needs none")
-    for marker in item.iter_markers("engine"):
-        if marker.kwargs or len(marker.args) != 1 or not isinstance(marker.args[0], str):
-            raise pytest.UsageError(f"{item.nodeid}: write engine(NAME)")
-        if item.config.getoption("engine") not in (None, marker.args[0]):
-            reasons.append(f"what it tests is {marker.args[0]}'s")
-    for marker in item.iter_markers("lacks"):
-        if marker.kwargs or len(marker.args) != 2 or not all(isinstance(each, str) for each in marker.args):
-            raise pytest.UsageError(f'{item.nodeid}: write lacks(ENGINE, "what it does not have")')
-        if item.config.getoption("engine") == marker.args[0]:
-            reasons.append(marker.args[1])
-    for name, left_out, why in (
-        ("full", item.config.getoption("profile") != "full", "why it is not in the fast profile"),
-        ("cuda", item.config.getoption("accelerator") == "npu", "why it is not for NPUs"),
-    ):
-        for marker in item.iter_markers(name):
-            if marker.kwargs or len(marker.args) != 1 or not isinstance(marker.args[0], str):
-                raise pytest.UsageError(f'{item.nodeid}: write {name}("{why}")')
-            if left_out:
-                reasons.append(marker.args[0])
+    engine = item.config.getoption("engine")
+    for (name,) in _words(item, "engine", "NAME"):
+        if engine not in (None, name):
+            reasons.append(f"what it tests is {name}'s")
+    for name, why in _words(item, "lacks", "ENGINE", '"what it does not have"'):
+        if engine == name:
+            reasons.append(why)
+    for (why,) in _words(item, "full", '"why it is not in the fast profile"'):
+        if item.config.getoption("profile") != "full":
+            reasons.append(why)
+    for (why,) in _words(item, "cuda", '"why it is not for NPUs"'):
+        if item.config.getoption("accelerator") == "npu":
+            reasons.append(why)
     for marker in item.iter_markers("asked"):
         for name in marker.args:
             try:
@@ -375,6 +369,22 @@ def _reason(item: pytest.Item) -> str | None:
             if not given:
                 reasons.append(f"runs when --{name.replace('_', '-')} is given")
     return "; ".join(reasons) or None
+
+
+def _words(item: pytest.Item, marker: str, *wanted: str) -> Iterator[tuple[str, ...]]:
+    """The arguments of each marker of that name, which are to be so many texts.
+
+    Raises:
+        pytest.UsageError: a marker has others.
+    """
+    for found in item.iter_markers(marker):
+        if (
+            found.kwargs
+            or len(found.args) != len(wanted)
+            or not all(isinstance(each, str) for each in found.args)
+        ):
+            raise pytest.UsageError(f"{item.nodeid}: write {marker}({', '.join(wanted)})")
+        yield found.args
 
 
 def _whole(config: pytest.Config) -> bool:
@@ -442,6 +452,12 @@ def _tier(request: pytest.FixtureRequest) -> Tier:
 def profile(request: pytest.FixtureRequest) -> Profile:
     """The tier's profile values: `profile["max_model_len"]`."""
     return _tier(request).profile
+
+
+@pytest.fixture(scope="session")
+def engine(request: pytest.FixtureRequest) -> str:
+    """The name of the image's engine."""
+    return request.config.getoption("engine") or "vllm"
 
 
 @pytest.fixture(scope="session")
