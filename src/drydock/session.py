@@ -206,13 +206,9 @@ def _chosen(options: argparse.Namespace) -> list[str]:
 
 def _run(folder: Path, place: Place, record: Record) -> None:
     chosen = _chosen(record.options)
+    reasons = NOT_OF.get(record.options.engine, {})
     record.not_run += [
-        {
-            "what": f"the {tier} tier",
-            "reason": NOT_OF.get(record.options.engine, {}).get(
-                tier, f"only {chosen[0]} was asked for (--tier)"
-            ),
-        }
+        {"what": f"the {tier} tier", "reason": reasons.get(tier, f"only {chosen[0]} was asked for (--tier)")}
         for tier in TIERS
         if tier not in chosen
     ]
