@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # On a machine without network or Docker: put an image together that `tools/carry.py pack` packed, and run its tiers.
 #
-#   tools/carried.sh PARTS WHEELS OUT ENGINE PROFILE [session options]
+#   tools/carried.sh PARTS TOOLS OUT ENGINE PROFILE [session options]
 #
-# PARTS holds part-000 and so on, WHEELS drydock's own dependencies for this machine's python3 (from lock/drydock.txt).
+# PARTS holds part-000 and so on, TOOLS is what `tools/carry.py tools` wrote for this machine's python3.
 # Parts of a second image (`pack --after`) are a folder of their own, given in a second call. Documents and logs go to
 # OUT, an archive for each kind of session. Run again, it goes on with the image that is there.
 set -euo pipefail
-parts=$1 wheels=$2 out=$3
+parts=$1 archive=$2 out=$3
 shift 3
 here=$(cd "$(dirname "$0")/.." && pwd)
 tools=${TMPDIR:-/tmp}/drydock-tools
 if [ ! -e "$tools/.complete" ]; then
-  python3 -m pip install -q --no-index --no-deps --no-cache-dir --disable-pip-version-check \
-    --target "$tools" "$wheels"/*.whl
+  mkdir -p "$tools"
+  tar -xzf "$archive" -C "$tools"
   touch "$tools/.complete"
 fi
 export PYTHONPATH=$tools:$here/src DRYDOCK_STORE=${DRYDOCK_STORE:-$here/.drydock}

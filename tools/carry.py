@@ -3,11 +3,12 @@
 A lent GPU machine may take 60 MB a time and have no registry in reach, yet hold gigabytes of the same CUDA
 libraries. So it is asked once what it has (`probe`), the image is packed as the difference (`pack`), and put
 together there bit for bit (`unpack`), every file by its hash; `drydock verify --full` then judges it as any
-other image.
+other image. What drydock itself needs there is an archive of its own (`tools`), for that machine's Python.
 
     target:  python3 carry.py probe FOLDER... > have.json.gz
+    here:    tools/carry.py tools TOOLS.tar.gz --python 3.12
     here:    tools/carry.py pack h100-vllm have.json.gz OUT [--near FOLDER] [--after IMAGE]
-    target:  python3 carry.py unpack STORE PART...
+    target:  python3 carry.py unpack STORE PART... [--wait SECONDS]
 
 `unpack` needs the zstandard module, all else is the standard library, since the target has no drydock yet.
 """
@@ -20,8 +21,10 @@ import hashlib
 import io
 import json
 import os
+import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -191,8 +194,44 @@ def _patch(source: bytes, target: bytes, level: int) -> bytes:
     return zstandard.ZstdCompressor(dict_data=dictionary, compression_params=parameters).compress(target)
 
 
-def unpack(store: Path, parts: list[Path]) -> None:
+def tools(out: Path, python: str, platform: str) -> None:
+    """Write what drydock depends on, as locked and by its hashes, installed for another machine's Python.
+
+    Parameters:
+        python: that Python's version, as `3.12`.
+        platform: uv's name of the machine, as `x86_64-manylinux_2_28`.
+
+    Raises:
+        SystemExit: uv cannot, and has said why.
+    """
+    from uv import find_uv_bin
+
+    root = Path(__file__).parents[1]
+    target = ("--python-version", python, "--python-platform", platform, "--quiet")
+    with tempfile.TemporaryDirectory() as name:
+        needed, site = Path(name, "needed.txt"), Path(name, "site")
+        for command in (
+            # Of the whole lock, what drydock itself needs; uv resolves and builds, which is not done there.
+            ["compile", "pyproject.toml", "--constraint", "lock/drydock.txt", "--no-emit-package", "uv",
+             "--generate-hashes", "--output-file", needed],
+            ["install", "--target", site, "--no-deps", "--require-hashes", "--only-binary", ":all:",
+             "--requirement", needed],
+        ):  # fmt: skip
+            done = subprocess.run(
+                [find_uv_bin(), "pip", *command, *target], cwd=root, stdout=subprocess.DEVNULL
+            )
+            if done.returncode:
+                sys.exit(f"carry: uv ended with status {done.returncode}")
+        with tarfile.open(out, "w:gz", compresslevel=6) as tar:
+            tar.add(site, ".")
+    print(f"what drydock needs for Python {python} on {platform}: {out.stat().st_size / 1e6:.0f} MB")
+
+
+def unpack(store: Path, parts: list[Path], wait: float) -> None:
     """Put the image together in a store, and check every file that did not travel by its hash.
+
+    Parameters:
+        wait: seconds for which a part may be still to come, whole, under its name (`mv` puts it there so).
 
     Raises:
         SystemExit: a part is missing or cut off, or a file came out with another hash; the line names it.
@@ -201,7 +240,7 @@ def unpack(store: Path, parts: list[Path]) -> None:
 
     began = time.monotonic()
     store.mkdir(parents=True, exist_ok=True)
-    with _Joined(sorted(parts)) as stream:
+    with _Joined(sorted(parts), wait) as stream:
         reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
         try:
             with tarfile.open(fileobj=reader, mode="r|") as tar:
@@ -236,10 +275,11 @@ def unpack(store: Path, parts: list[Path]) -> None:
 
 
 class _Joined(io.RawIOBase):
-    """Files read one after another."""
+    """Files read one after another, each as soon as it is there."""
 
-    def __init__(self, parts: list[Path]) -> None:
+    def __init__(self, parts: list[Path], wait: float) -> None:
         self.parts = list(parts)
+        self.wait = wait
         self.file: IO[bytes] | None = None
 
     def readable(self) -> bool:
@@ -250,11 +290,19 @@ class _Joined(io.RawIOBase):
             if self.file is None:
                 if not self.parts:
                     return 0
-                self.file = self.parts.pop(0).open("rb")
+                self.file = self._next().open("rb")
             if count := self.file.readinto(buffer):  # type: ignore[attr-defined]
                 return int(count)
             self.file.close()
             self.file = None
+
+    def _next(self) -> Path:
+        part, deadline = self.parts.pop(0), time.monotonic() + self.wait
+        while not part.exists():
+            if time.monotonic() >= deadline:
+                sys.exit(f"carry: {part} is not there: send it")
+            time.sleep(0.1)
+        return part
 
 
 def main() -> None:
@@ -270,17 +318,26 @@ def main() -> None:
     make.add_argument("--after", action="append", default=[], metavar="IMAGE")
     make.add_argument("--megabytes", type=int, default=60)
     make.add_argument("--level", type=int, default=LEVEL, help="zstd's: how hard to compress")
+    ours = commands.add_parser("tools")
+    ours.add_argument("out", type=Path)
+    ours.add_argument("--python", default="3.12")
+    ours.add_argument("--platform", default="x86_64-manylinux_2_28")
     put = commands.add_parser("unpack")
     put.add_argument("store", type=Path)
     put.add_argument("parts", nargs="+", type=Path)
+    put.add_argument(
+        "--wait", type=float, default=0.0, metavar="SECONDS", help="for a part that is still to come"
+    )
     options = parser.parse_args()
     if options.command == "probe":
         probe(options.folders)
     elif options.command == "pack":
         size = options.megabytes * 10**6
         pack(options.image, options.have, options.out, options.near, size, options.after, options.level)
+    elif options.command == "tools":
+        tools(options.out, options.python, options.platform)
     else:
-        unpack(options.store, options.parts)
+        unpack(options.store, options.parts, options.wait)
 
 
 if __name__ == "__main__":

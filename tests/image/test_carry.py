@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import filecmp
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -106,3 +109,63 @@ def test_a_machine_that_changed_and_a_cut_part_are_named(
     done = carry("unpack", tmp_path / "there", *parts, cwd=project.root, store=tmp_path / "there")
     assert done.returncode == 1
     assert "a part is missing or cut off" in done.stderr.decode()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: owners")
+def test_parts_are_put_together_as_they_come(
+    project: Project, tiny: Made, machine: Path, tmp_path: Path
+) -> None:
+    parts = packed(project, tiny, machine, tmp_path / "parts")
+    store = Store(tmp_path / "there")
+    come = [tmp_path / "come" / part.name for part in parts]
+    come[0].parent.mkdir()
+    command = [sys.executable, str(CARRY), "unpack", str(store.root), *map(str, come), "--wait", "30"]
+    process = subprocess.Popen(command, cwd=project.root, env=environment(store), stderr=subprocess.PIPE)
+    try:
+        for part, place in zip(parts, come, strict=True):
+            time.sleep(0.5)
+            assert process.poll() is None
+            part.rename(place)
+        assert process.wait(60) == 0, process.stderr and process.stderr.read().decode()
+    finally:
+        process.kill()
+        process.communicate()
+    for layer in tiny.built.layers:
+        same(folder(tiny.store, layer), folder(store, layer))
+
+
+def test_a_part_that_does_not_come_is_named(
+    project: Project, tiny: Made, machine: Path, tmp_path: Path
+) -> None:
+    first, *_ = packed(project, tiny, machine, tmp_path / "parts")
+    there = tmp_path / "there"
+    missing = first.with_name("part-999")
+    done = carry("unpack", there, first, missing, "--wait", "0.3", cwd=project.root, store=there)
+    assert (done.returncode, done.stderr.decode()) == (1, f"carry: {missing} is not there: send it\n")
+
+
+def test_what_is_packed_of_drydock_s_own_needs_is_all_that_a_session_imports(tmp_path: Path) -> None:
+    archive, site = tmp_path / "tools.tar.gz", tmp_path / "site"
+    platform_name = f"{platform.machine()}-manylinux_2_28"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    # With the user's own index, as whoever packs it has.
+    command = [
+        sys.executable,
+        str(CARRY),
+        "tools",
+        str(archive),
+        "--python",
+        version,
+        "--platform",
+        platform_name,
+    ]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    with tarfile.open(archive) as tar:
+        tar.extractall(site, filter="data")
+    modules = "session, publish, vendor, chroot_runtime, report, verify"
+    code = f"import sys; sys.path[:0] = sys.argv[1:]; from drydock import {modules}"
+    # Without this Python's own site-packages.
+    bare = [sys.executable, "-I", "-S", "-c", code, str(site), str(REPOSITORY / "src")]
+    done = subprocess.run(bare, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
