@@ -30,7 +30,7 @@ def test_every_start_is_like_the_first(
     kind = kind_for("dense", engine)
     folder = kind.make(tmp_path, 0)
     shared = left_behind()["shared"]
-    found, seconds, left = [], [], []
+    found, seconds, left, dropped = [], [], [], []
     for number in range(profile["starts"]):
         with launch.server(folder, kind, results / f"{engine}-start-{number + 1}.log") as server:
             found.append(generate(server, random_prompt(20, seed=800), profile["new_tokens"]))
@@ -38,6 +38,9 @@ def test_every_start_is_like_the_first(
         assert server.survivors() == {}
         seconds.append(server.ready_seconds)
         left.append(left_behind())
+        dropped.append(len(server.leftovers))
+    # Which went with the server's own temporary folder; without one, a rollout engine that is restarted fills /tmp.
+    record("files_the_engine_left_in_its_temporary_folder", dropped)
     record("series", {"title": "Seconds until a server is ready", "x": list(range(1, len(seconds) + 1)), "y": seconds,
                       "x_label": "start", "y_label": "s", "threshold": None})  # fmt: skip
     # Not the same bits: a first start compiles what the others find compiled, and kernels are chosen by their time.

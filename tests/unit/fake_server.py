@@ -13,9 +13,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 BEGIN, END = "fake: weights begin to load", "fake: weights have loaded"
@@ -207,6 +209,9 @@ def main() -> None:
         sys.exit(0)
     if "segv" in faults:
         os.kill(os.getpid(), signal.SIGSEGV)
+    if "leave-files" in faults:
+        Path(tempfile.gettempdir(), "folder").mkdir()
+        socket.socket(socket.AF_UNIX).bind(f"{tempfile.gettempdir()}/socket")
     if "child" in faults:
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     if "ignore-sigterm" in faults:

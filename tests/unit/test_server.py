@@ -112,6 +112,7 @@ def make(tmp_path: Path, token: str) -> Iterator[Make]:
     yield one
     for server in made:
         server.stop()
+        assert not server._temporary.exists()
     assert left(token) == {}
     gc.collect()
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
@@ -194,6 +195,31 @@ def test_a_server_can_be_started_again_and_its_log_tells_the_starts_apart(make: 
         assert server.tail(100).count("fake: begins") == 1
     assert (tmp_path / "server.log").read_text().count("==== ") == 2
     assert (tmp_path / "server.log").read_text().count("fake: begins") == 2
+
+
+def test_what_the_engine_leaves_in_its_temporary_folder_goes_with_it(make: Make) -> None:
+    server = make("leave-files")
+    for _ in range(2):
+        with server:
+            assert server.leftovers == []
+            assert {path.name for path in server._temporary.iterdir()} == {"folder", "socket"}
+        assert server.leftovers == ["folder", "socket"]
+        assert not server._temporary.exists()
+    with make() as clean:
+        pass
+    assert clean.leftovers == []
+
+
+def test_what_torch_compiles_is_kept_from_one_server_to_the_next(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    one, other = make(), make()
+    caches = [server._environment["TORCHINDUCTOR_CACHE_DIR"] for server in (one, other)]
+    assert caches[0] == caches[1]
+    assert not Path(caches[0]).is_relative_to(one._temporary)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert make()._environment["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
 
 
 def test_the_server_has_no_input_and_a_session_of_its_own(make: Make) -> None:

@@ -57,6 +57,7 @@ class Server:
         ready_seconds: start, load and ready together.
         memory: after `stop`, MiB by device before the start and after the stop; None where there is no
             accelerator, and nothing was waited for.
+        leftovers: after `stop`, names of what the engine left in its temporary folder, which is removed with them.
     """
 
     def __init__(
@@ -82,13 +83,22 @@ class Server:
         self.seconds: dict[str, float] = {}
         self.ready_seconds = 0.0
         self.memory: dict[str, dict[str, int]] | None = None
+        self.leftovers: list[str] = []
         self._folder = model
         self._flags = list(flags)
-        # The numbers in CUDA_VISIBLE_DEVICES are then those of nvidia-smi.
-        self._environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **os.environ, **(environment or {})}
+        self._temporary = Path(tempfile.gettempdir(), self.model)
+        self._environment = {
+            # The numbers in CUDA_VISIBLE_DEVICES are then those of nvidia-smi.
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            # What torch compiles is for the next server too.
+            "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",
+            **os.environ,
+            **(environment or {}),
+            # Its own, and gone with it: at each stop vLLM 0.24 leaves the sockets between its processes there.
+            "TMPDIR": str(self._temporary),
+        }
         self._before: dict[str, int] | None = None
         self._held: socket.socket | None = None
-        self._link: Path | None = None
         self._log: Log | None = None
         self._kept: Kept | None = None
 
@@ -115,7 +125,7 @@ class Server:
             raise ServerError("the server was started before: stop it first")
         began = time.monotonic()
         self.seconds = {}
-        self._kept, self.memory = None, None
+        self._kept, self.memory, self.leftovers = None, None, []
         try:
             with contextlib.ExitStack() as current:
                 self._start(began + self.ready_timeout, current)
@@ -129,6 +139,7 @@ class Server:
 
     def _start(self, deadline: float, current: contextlib.ExitStack) -> None:
         current.enter_context(self._phase("start"))
+        self._temporary.mkdir(mode=0o700)
         self._before = devices.used_mib(self._environment)
         self._held = ports.hold()
         self.port = self._held.getsockname()[1]
@@ -211,9 +222,9 @@ class Server:
 
     def _named(self) -> Path:
         """The model's folder under the name that it is served by."""
-        self._link = Path(tempfile.mkdtemp(prefix="drydock-model-")) / self.model
-        self._link.symlink_to(self._folder.resolve())
-        return self._link
+        link = self._temporary / self.model
+        link.symlink_to(self._folder.resolve())
+        return link
 
     def _check_name(self, timeout: float, meanwhile: Callable[[], None]) -> None:
         """See that what answers is served by our name, where its answers repeat whatever name they are asked by."""
@@ -343,9 +354,9 @@ class Server:
             if self._held and (kept is None or kept.closed):
                 self._held.close()
                 self._held = None
-            if self._link and (kept is None or kept.closed):
-                shutil.rmtree(self._link.parent)
-                self._link = None
+            if self._temporary.is_dir() and (kept is None or kept.closed):
+                self.leftovers = sorted({path.name for path in self._temporary.iterdir()} - {self.model})
+                shutil.rmtree(self._temporary)
 
     def _stop(self, kept: Kept) -> dict[int, str]:
         kept.interrupt()
