@@ -1043,6 +1043,23 @@ def test_interrupted(tier: Tier, whom: str, number: signal.Signals) -> None:
     assert gone(pytest_pid)
 
 
+def test_a_signal_that_did_not_wake_pytest_is_acted_on(tier: Tier) -> None:
+    # As one does that comes between Python's last look and the call that sleeps; another thread's comes so every time.
+    began = time.monotonic()
+    run = tier.run(
+        """
+def test_it():
+    other = threading.Thread(target=time.sleep, args=(30,), daemon=True)
+    other.start()
+    threading.Timer(0.3, signal.pthread_kill, (other.ident, signal.SIGTERM)).start()
+    time.sleep(15)
+"""
+    )
+    assert (run.status, run.outcomes) == (2, {"test_it": "not-run"})
+    assert run.document["detail"] == "interrupted by SIGTERM"
+    assert time.monotonic() - began < 12
+
+
 def test_an_interruption_that_is_swallowed_ends_pytest(tier: Tier) -> None:
     tier.pace(grace=0.2)
     tier.budget("[each]\nstop = { ceiling = 0.3 }")

@@ -18,7 +18,7 @@ from typing import Any
 
 from drydock.errors import DrydockError
 from drydock.tiers.processes import descendants, now
-from drydock.tiers.wire import DUMP, OUT, Lines, pack
+from drydock.tiers.wire import DUMP, OUT, WAKE, Lines, pack
 
 PR_SET_PDEATHSIG = 1
 PR_SET_PTRACER = 0x59616D61
@@ -75,12 +75,14 @@ class Link:
         # A file and no pipe: faulthandler's answer must not need a quick reader.
         fault = os.memfd_create("stacks")
         mine, its = socket.socketpair()
+        came, coming = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         sys.stdout.flush()
         sys.stderr.flush()
         child = os.fork()
         if child:
-            _become_watchdog(its, fault, child)
+            _become_watchdog(its, fault, child, came)
         its.close()
+        os.close(came)
         self._socket = mine
         self._pid, self._watchdog = os.getpid(), os.getppid()
         libc = ctypes.CDLL(None)
@@ -88,6 +90,10 @@ class Link:
         libc.prctl(PR_SET_PTRACER, ANY, 0, 0, 0)
         faulthandler.register(DUMP, file=fault, all_threads=True, chain=False)
         self._fault = fault
+        # The watchdog is told of each signal as it comes, and wakes this process. Python's handlers run between
+        # instructions: of what comes just before a call that blocks they would run when that is over.
+        signal.set_wakeup_fd(coming, warn_on_full_buffer=False)
+        signal.signal(WAKE, lambda *_: None)
         signal.signal(OUT, self._on_signal)
         libc.prctl(PR_SET_PDEATHSIG, int(OUT), 0, 0, 0)
         for number in ENDING:
@@ -115,6 +121,7 @@ class Link:
         if not self._dead:
             self._dead = True
             self._socket.close()
+            signal.set_wakeup_fd(-1)
             for number in ENDING:
                 if signal.getsignal(number) == self._on_signal:
                     signal.signal(number, ENDING[number])
@@ -146,6 +153,7 @@ class Link:
                     self._leave()
             elif time.monotonic() - self._signalled > TWICE_SECONDS:
                 self._signalled = time.monotonic()
+                self._waiting = [other for other in self._waiting if other == OUT]
                 self.by = signal.Signals(number).name
                 raise KeyboardInterrupt(self.by)
 
@@ -281,17 +289,17 @@ class Link:
             )
 
 
-def _become_watchdog(line: socket.socket, fault: int, pytest: int) -> None:
+def _become_watchdog(line: socket.socket, fault: int, pytest: int, came: int) -> None:
     """Replace this process's program; never returns."""
     try:
-        for descriptor in (line.fileno(), fault):
+        for descriptor in (line.fileno(), fault, came):
             os.set_inheritable(descriptor, True)
         source = str(Path(__file__).parents[2])
         # Without site and the current folder: nothing that lies about there can keep it from starting.
         os.execve(
             sys.executable,
             [sys.executable, "-P", "-S", "-m", "drydock.tiers.watchdog",
-             str(line.fileno()), str(fault), str(pytest)],
+             str(line.fileno()), str(fault), str(pytest), str(came)],
             {**os.environ, "PYTHONPATH": source, "PYTHONDONTWRITEBYTECODE": "1"},
         )  # fmt: skip
     except BaseException as error:

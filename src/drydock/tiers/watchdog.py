@@ -24,13 +24,17 @@ from drydock.tiers.budgets import parse_tier
 from drydock.tiers.ledger import DEFAULT_CEILING, Ledger, Test
 from drydock.tiers.processes import descendants, end, send
 from drydock.tiers.stacks import write_stacks
-from drydock.tiers.wire import OUT, Lines, pack
+from drydock.tiers.wire import OUT, WAKE, Lines, pack
 
 PR_SET_CHILD_SUBREAPER = 36
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals that end pytest."""
 STRIKES = 2
 """Times that a test is told to leave before pytest is killed."""
 END_SECONDS = 2.0
 """Between SIGTERM and SIGKILL for what an overrun test started."""
+WAKE_SECONDS = 0.1
+"""From a signal to pytest until it is woken."""
 WRITE_SECONDS = 0.5
 """The document on disk is at most this much behind."""
 
@@ -42,12 +46,15 @@ class Watchdog:
         line: socket to pytest.
         fault: descriptor of the file that pytest's faulthandler writes to.
         pytest: its pid, a child of this process.
+        came: descriptor from which the numbers of the signals that pytest gets are read, as they come.
     """
 
-    def __init__(self, line: socket.socket, fault: int, pytest: int) -> None:
+    def __init__(self, line: socket.socket, fault: int, pytest: int, came: int) -> None:
         self._line = line
         self._fault = fault
         self._pytest = pytest
+        self._came = came
+        self._wake = math.inf
         self._lines = Lines()
         self._status: int | None = None
         self._killed = False
@@ -101,13 +108,14 @@ class Watchdog:
         wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in ENDING:
             signal.signal(number, lambda number, _: self._wanted.append(number))
         self._line.setblocking(False)
         for message in self._early:
             self._handle(message)
         with selectors.DefaultSelector() as selector:
             selector.register(wake, selectors.EVENT_READ)
+            selector.register(self._came, selectors.EVENT_READ)
             selector.register(self._line, selectors.EVENT_READ)
             while True:
                 self._reap()
@@ -116,6 +124,7 @@ class Watchdog:
                 if self._status is not None:
                     break
                 self._pass_on()
+                self._rouse(time.monotonic())
                 self._tick(time.monotonic())
                 if self._dirty and time.monotonic() - self._written >= WRITE_SECONDS:
                     self._write()
@@ -297,7 +306,7 @@ class Watchdog:
         self._mid_line = False
 
     def _pause(self, now: float) -> float:
-        waits = [self._left(now), self._still - now]
+        waits = [self._left(now), self._still - now, self._wake - now]
         if self._dirty:
             waits.append(self._written + WRITE_SECONDS - now)
         return min(5.0, max(0.01, min(waits)))
@@ -319,6 +328,15 @@ class Watchdog:
             number = self._wanted.pop(0)
             self._interrupt(signal.Signals(number).name, time.monotonic())
             send(self._pytest, number)
+
+    def _rouse(self, now: float) -> None:
+        """Wake pytest, whose handler of a signal that came just before it went to sleep has not run."""
+        with contextlib.suppress(BlockingIOError):
+            if set(os.read(self._came, 4096)) & {OUT, *ENDING}:
+                self._wake = now + WAKE_SECONDS
+        if self._wake <= now:
+            self._wake = math.inf
+            send(self._pytest, WAKE)
 
     def _close(self) -> int:
         """pytest has ended: the last verdicts, what survived, the document."""
@@ -375,12 +393,12 @@ def _signal_name(number: int) -> str:
 
 
 def main() -> int:
-    """`python -m drydock.tiers.watchdog LINE FAULT PYTEST`: two descriptors and a pid."""
-    line, fault, pytest = (int(text) for text in sys.argv[1:])
+    """`python -m drydock.tiers.watchdog LINE FAULT PYTEST CAME`: two descriptors, a pid and a descriptor."""
+    line, fault, pytest, came = (int(text) for text in sys.argv[1:])
     # What pytest starts and leaves comes to this process, so that it stays in sight.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
-        return Watchdog(socket.socket(fileno=line), fault, pytest).watch()
+        return Watchdog(socket.socket(fileno=line), fault, pytest, came).watch()
     except OSError as error:
         print(f"drydock: the result of the tier cannot be written: {error}", file=sys.stderr)
         send(pytest, signal.SIGKILL)

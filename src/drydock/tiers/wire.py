@@ -1,4 +1,4 @@
-"""What pytest's side and its watchdog say to each other: lines of JSON over a socket, and two signals."""
+"""What pytest's side and its watchdog say to each other: lines of JSON over a socket, and three signals."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ OUT = signal.SIGRTMAX - 2
 """To pytest: leave what you are in, it is over its budget. The kernel sends it too when the watchdog dies."""
 DUMP = signal.SIGRTMAX - 1
 """To pytest: faulthandler writes every thread's stack."""
+WAKE = signal.SIGURG
+"""To pytest: nothing, but a call that blocks is left for a moment, in which Python runs handlers that are due.
+
+One that a process ignores which has no handler of it, as pytest's has none at its very end.
+"""
 
 
 def pack(message: dict[str, Any]) -> bytes:
