@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -27,9 +28,12 @@ from drydock.oci import Built
 from drydock.progress import Progress
 from drydock.runtime import CHECKOUT, RESULTS, Task, check_architecture, ending_signals
 from drydock.store import CHUNK, Store
+from drydock.tiers.processes import TOLD
 from drydock.unpack import check_blobs
 
 if TYPE_CHECKING:
+    import socket
+
     from docker.models.containers import Container
 
 LABEL = {"dev.drydock": "run"}
@@ -38,6 +42,13 @@ OWNER, OWNER_PID = "dev.drydock.owner", "dev.drydock.pid"
 """On them too: the machine and process that started it."""
 SHARED_MEMORY = "2g"
 """Size of /dev/shm: the engine's default of 64 MB is too small for vLLM's and NCCL's buffers."""
+ANY_COMMAND = (
+    "sh",
+    "-c",
+    f"newline='\n'; IFS= read -r line && read -r {TOLD} _ < /proc/uptime && export {TOLD} && "
+    'eval "exec $line" < /dev/null',
+)
+"""What a container that stands ready runs: the command that it is told, with when that was."""
 PING_SECONDS = 10
 GRACE_SECONDS = 10
 """From SIGTERM to SIGKILL when drydock is told to end."""
@@ -50,6 +61,30 @@ def engine_facts() -> tuple[str, bool]:
         DrydockError: no engine answers.
     """
     return DockerRuntime().facts()
+
+
+Output = Iterable[tuple[bytes | None, bytes | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A container that waits to be told its command.
+
+    `surroundings` is the task it was made for, without command and environment; `line` is what it is told through.
+    """
+
+    digest: str
+    surroundings: Task
+    container: Container
+    output: Output
+    line: socket.SocketIO
+
+    def tell(self, task: Task) -> None:
+        variables = [f"{name}={value}" for name, value in task.environment.items()]
+        # One line, since the shell reads one: what has line ends is in single quotes here.
+        command = shlex.join(["env", *variables, *task.command]).replace("\n", "'\"$newline\"'")
+        os.write(self.line.fileno(), f"{command}\n".encode())
+        self.line.close()
 
 
 class DockerRuntime:
@@ -72,6 +107,8 @@ class DockerRuntime:
             ) from error
         # The engine unpacks a loaded image before it answers, and a command may be silent for hours.
         self._client.api.timeout = None  # type: ignore[assignment]  # what requests takes for "no limit"
+        self._ready: Ready | None = None
+        self._getting_ready: threading.Thread | None = None
 
     def facts(self) -> tuple[str, bool]:
         """The engine's version, and whether it keeps images in the containerd store."""
@@ -134,6 +171,7 @@ class DockerRuntime:
         with store.lock(f"docker-{built.digest[:16]}"):
             if not self._loaded(built):
                 self._load(store, built)
+                self._start_once(built)
 
     def _loaded(self, built: Built) -> bool:
         try:
@@ -161,6 +199,24 @@ class DockerRuntime:
         if not self._loaded(built):
             raise DrydockError(self._refusal(built, "what it holds afterwards is another image"))
 
+    def _start_once(self, built: Built) -> None:
+        """Start a container once: an image's first takes the engine seconds more than those after it."""
+        # What is wrong is said by the command that is asked for.
+        with contextlib.suppress(DockerException):
+            container = self._client.containers.create(
+                built.reference,
+                ["true"],
+                entrypoint=[],
+                init=True,
+                platform=f"linux/{built.architecture}",
+                labels=_labels(),
+            )
+            try:
+                container.start()
+                container.wait()
+            finally:
+                _remove(container)
+
     def _refusal(self, built: Built, reason: str) -> str:
         if _containerd(self._client.info()):
             return f"Docker did not take {built.reference} ({reason}): free its disk or use --runtime chroot"
@@ -179,13 +235,77 @@ class DockerRuntime:
         check_architecture(built, self._client.info()["Architecture"])
         self._remove_orphans()
         with ending_signals():
-            container = self._create(built, task)
+            ready = self._take(built, task)
+            container = ready.container if ready else self._create(built, task)
             try:
                 if task.interactive:
                     return self._interactive(container)
-                return self._stream(container)
+                if ready is None:
+                    return self._stream(container)
+                ready.tell(task)
+                return self._copied(container, ready.output)
             finally:
-                threading.Thread(target=_remove, args=(container,), name="removal").start()
+                _remove_behind(container)
+
+    def ahead(self, built: Built, task: Task) -> None:
+        """Start a container, beside what runs now, for a later `run` of a task with this one's surroundings.
+
+        It takes its command and environment then. One that was made ahead before and not used is removed.
+        """
+        self.dismiss()
+        surroundings = replace(task, command=ANY_COMMAND, environment={})
+
+        def get_ready() -> None:
+            # Without one, `run` makes its own, and says what is wrong.
+            with contextlib.suppress(DrydockError, DockerException, OSError):
+                container = self._create(built, surroundings, told=True)
+                try:
+                    output = container.attach(stream=True, demux=True)
+                    line = self._client.api.attach_socket(str(container.id), {"stdin": 1, "stream": 1})
+                    container.start()
+                except BaseException:
+                    _remove(container)
+                    raise
+                self._ready = Ready(
+                    digest=built.digest,
+                    surroundings=surroundings,
+                    container=container,
+                    output=output,
+                    line=line,
+                )
+
+        self._getting_ready = threading.Thread(target=get_ready, name="ahead")
+        self._getting_ready.start()
+
+    def dismiss(self) -> None:
+        """Remove what was made ahead and is not used."""
+        if ready := self._made_ahead():
+            ready.line.close()
+            _remove_behind(ready.container)
+
+    def _made_ahead(self) -> Ready | None:
+        if self._getting_ready:
+            self._getting_ready.join()
+        ready, self._ready, self._getting_ready = self._ready, None, None
+        return ready
+
+    def _take(self, built: Built, task: Task) -> Ready | None:
+        """The container that was made ahead, if it is one for this task and still waits."""
+        ready = self._made_ahead()
+        if ready is None:
+            return None
+        with contextlib.suppress(DockerException):
+            ready.container.reload()
+            wanted = replace(task, command=ANY_COMMAND, environment={})
+            if (built.digest, wanted, "running") == (
+                ready.digest,
+                ready.surroundings,
+                ready.container.status,
+            ):
+                return ready
+        ready.line.close()
+        _remove_behind(ready.container)
+        return None
 
     def _remove_orphans(self) -> None:
         """End containers of a drydock on this machine that was killed before it could end them itself."""
@@ -197,7 +317,7 @@ class DockerRuntime:
                 with contextlib.suppress(DockerException):
                     container.remove(force=True, v=True)
 
-    def _create(self, built: Built, task: Task) -> Container:
+    def _create(self, built: Built, task: Task, told: bool = False) -> Container:
         requests = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if task.accelerator == "cuda" else []
         # What NVIDIA's toolkit does for the engine there, is done here for NPUs, for which few engines have one.
         files = driver_files("npu")[0] if task.accelerator == "npu" else []
@@ -229,8 +349,8 @@ class DockerRuntime:
                 init=True,
                 shm_size=SHARED_MEMORY,
                 platform=f"linux/{built.architecture}",
-                labels={**LABEL, OWNER: platform.node(), OWNER_PID: str(os.getpid())},
-                stdin_open=task.interactive,
+                labels=_labels(),
+                stdin_open=task.interactive or told,
                 tty=task.interactive and sys.stdin.isatty(),
             )
         except APIError as error:
@@ -245,6 +365,10 @@ class DockerRuntime:
             container.start()
         except APIError as error:
             raise _not_started(error) from error
+        return self._copied(container, output)
+
+    def _copied(self, container: Container, output: Output) -> int:
+        """Pass the output on until the command ends; its status."""
         # In a thread of its own, so that a signal does not break it off before the command's last words.
         copying = threading.Thread(target=_copy, args=(output,), name="output")
         copying.start()
@@ -285,6 +409,15 @@ def _named(name: str, recorded: Mapping[str, Any]) -> Built:
     )
 
 
+def _labels() -> dict[str, str]:
+    return {**LABEL, OWNER: platform.node(), OWNER_PID: str(os.getpid())}
+
+
+def _remove_behind(container: Container) -> None:
+    """Remove it beside what comes next; the process does not end before."""
+    threading.Thread(target=_remove, args=(container,), name="removal").start()
+
+
 def _remove(container: Container) -> None:
     try:
         container.remove(force=True, v=True)
@@ -292,7 +425,7 @@ def _remove(container: Container) -> None:
         print(f"drydock: container {container.short_id} is not removed: {_reason(error)}", file=sys.stderr)
 
 
-def _copy(output: Iterable[tuple[bytes | None, bytes | None]]) -> None:
+def _copy(output: Output) -> None:
     for chunks in output:
         for stream, chunk in zip((sys.stdout, sys.stderr), chunks, strict=True):
             if chunk:

@@ -114,6 +114,15 @@ class Runtime(Protocol):
             DrydockError: it could not be started.
         """
 
+    def ahead(self, built: Built, task: Task) -> None:
+        """Make ready, beside what runs now, what a later `run` of a task with other words and variables can use.
+
+        Where that saves nothing, nothing is done. Never raises.
+        """
+
+    def dismiss(self) -> None:
+        """Remove what was made ahead and is not used."""
+
 
 def choose(name: Choice = "auto") -> Runtime:
     """The runtime of that name; `auto` is Docker where an engine answers, else chroot.

@@ -44,6 +44,8 @@ INPUTS = {"gsm8k_model": "/inputs/gsm8k-model", "gsm8k_data": "/inputs/gsm8k-dat
 PATIENCE = 60.0
 """Seconds past the session's ceiling after which its command is ended from outside. The tiers end by themselves
 long before; this is for a watchdog that hangs itself."""
+SOON = 0.5
+"""Seconds into the verification before what the first tier runs in is made ready: it has its own by then."""
 SETTLE = 5.0
 """Seconds into a tier before the report of what ran before it is written: its start is not to be slowed."""
 
@@ -57,7 +59,7 @@ class Place:
     """Where the session's commands run: an image in a runtime, or this very process's surroundings.
 
     `device` is what the image is made for. `checkout` and `results` are the folders as seen there, `inputs` the
-    options' paths as seen there.
+    options' paths as seen there. `ahead` makes ready what the next command can use, `dismiss` takes it back.
     """
 
     runtime: str
@@ -68,6 +70,8 @@ class Place:
     inputs: dict[str, str]
     verify: list[str]
     run: Callable[[list[str], dict[str, str]], int]
+    ahead: Callable[[], None] = lambda: None
+    dismiss: Callable[[], None] = lambda: None
 
 
 @dataclass(kw_only=True)
@@ -186,6 +190,7 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
         record.detail = "interrupted"
         raise
     finally:
+        place.dismiss()
         _report(folder, place, record)
     if failures := record.failures():
         raise CheckFailed(f"{record.name} failed: {failures[0]}")
@@ -216,7 +221,7 @@ def _run(folder: Path, place: Place, record: Record) -> None:
         record.not_run.append(
             {"what": "what needs an accelerator", "reason": "only the rest was asked for (--cpu-part)"}
         )
-    with record.step("verification"):
+    with record.step("verification"), _later(SOON, place.ahead):
         document = f"{place.results}/verification.json"
         status = place.run(["python", "-m", "drydock.verify", *place.verify, "--document", document], {})
     with contextlib.suppress(OSError, ValueError):
@@ -230,7 +235,7 @@ def _run(folder: Path, place: Place, record: Record) -> None:
         ended: int | None = None
         record.running = tier
         try:
-            with record.step(tier), _report_so_far(folder, place, record):
+            with record.step(tier), _meanwhile(folder, place, record, last=tier == chosen[-1]):
                 ended = place.run(*_pytest(tier, place, record))
         finally:
             # Also of a tier that was broken off, and what of it ran.
@@ -280,29 +285,38 @@ def _tier_document(folder: Path, tier: str, status: int | None, record: Record) 
 
 
 @contextlib.contextmanager
-def _report_so_far(folder: Path, place: Place, record: Record) -> Iterator[None]:
-    """While a tier runs, write the report of what ran before it.
+def _meanwhile(folder: Path, place: Place, record: Record, last: bool) -> Iterator[None]:
+    """While a tier runs, make ready what the next one runs in, and write the report of what ran before.
 
-    It is what is left of a session that is killed, can be read while a long one runs, and loads what takes a second
-    (matplotlib) and draws what is known, which nobody then waits for at the end.
+    The report is what is left of a session that is killed, can be read while a long one runs, and loads what takes a
+    second (matplotlib) and draws what is known, which nobody then waits for at the end.
     """
     document = record.document(place)
 
-    def write_it() -> None:
+    def beside() -> None:
         from drydock.report import write
 
+        if not last:
+            place.ahead()
         # What is wrong with the folder is said at the end.
         with contextlib.suppress(DrydockError):
             write(document, folder, quiet=True)
 
-    writer = threading.Timer(SETTLE, write_it)
-    writer.daemon = True
-    writer.start()
+    with _later(SETTLE, beside):
+        yield
+
+
+@contextlib.contextmanager
+def _later(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """Call it beside what is inside, if that takes so long."""
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        writer.cancel()
-        writer.join()
+        timer.cancel()
+        timer.join()
 
 
 def _report(folder: Path, place: Place, record: Record) -> None:
@@ -349,10 +363,10 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
         os.sync()
     print(f"{runtime.name}: ready after {record.steps[-1]['seconds']:.1f} s", flush=True)
 
-    def run(command: list[str], environment: dict[str, str]) -> int:
+    def task(command: list[str], environment: dict[str, str]) -> Task:
         # Of an image for NPUs, CANN's own modules are there.
         ours = _environment(CHECKOUT, built.environment.get("PYTHONPATH", ""))
-        task = Task(
+        return Task(
             command=tuple(command),
             checkout=root,
             results=folder,
@@ -360,7 +374,6 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
             environment={**ours, **environment},
             accelerator="none" if record.options.cpu_part else kind,
         )
-        return runtime.run(store, built, task)
 
     return Place(
         runtime=runtime.name,
@@ -374,7 +387,9 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
         results=RESULTS,
         inputs={name: INPUTS[name] for name in given},
         verify=[],
-        run=run,
+        run=lambda command, environment: runtime.run(store, built, task(command, environment)),
+        ahead=lambda: runtime.ahead(built, task([], {})),
+        dismiss=runtime.dismiss,
     )
 
 

@@ -294,6 +294,58 @@ def test_a_model_that_is_not_there_is_one_line(session: Session) -> None:
     assert "--gsm8k-model: nowhere is not there" in session.run("--gsm8k-model", "nowhere").error
 
 
+# In Docker
+
+
+def test_a_tier_in_docker_has_a_container_that_was_made_while_the_one_before_ran(
+    session: Session, tiny: Made
+) -> None:
+    engine = docker_engine()
+    told = PASSING + "    import os\n    assert ('DRYDOCK_TOLD' in os.environ) is {}\n"
+    session.write("rollout", PASSING + "    import time\n    time.sleep(8)\n")
+    session.write("trainer", told.format(True))
+    # The trainer's was over before one was made for this.
+    session.write("eplb", told.format(False))
+    try:
+        outcome = session.run("--runtime", "docker")
+        assert outcome.status == 0, outcome.stderr + outcome.stdout
+        report = session.report()
+        assert [tier["outcome"] for tier in report["tiers"]] == ["passed"] * 3
+        # Since it was told to begin, not since it stood there.
+        assert report["tiers"][1]["seconds"] < 3
+        assert report["overhead_seconds"] > 0
+        assert not mounted(engine, session)
+    finally:
+        engine.images.remove(tiny.built.reference, force=True)
+
+
+def test_what_was_made_ahead_in_docker_goes_when_the_session_is_ended(session: Session, tiny: Made) -> None:
+    engine = docker_engine()
+    session.write("rollout", "import time\n\ndef test_it(profile):\n    time.sleep(60)\n")
+    process = subprocess.Popen(session.command("--runtime", "docker"), **session.surroundings)
+    try:
+        deadline = time.monotonic() + 60
+        while len(mounted(engine, session)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert len(mounted(engine, session)) == 2, "one runs the tier, one is for the next"
+        process.terminate()
+        assert process.wait(60) == 128 + 15
+        assert not mounted(engine, session)
+    finally:
+        process.kill()
+        process.wait()
+        engine.images.remove(tiny.built.reference, force=True)
+
+
+def mounted(engine: docker.DockerClient, session: Session) -> list[str]:
+    """Containers that have the session's checkout, whatever their state."""
+    return [
+        str(container.id)
+        for container in engine.containers.list(all=True, ignore_removed=True)
+        if str(session.project.root) in {mount.get("Source") for mount in container.attrs["Mounts"]}
+    ]
+
+
 # Prebuilt
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import stat
 import subprocess
@@ -99,11 +100,14 @@ def put_image(store: Store, *layers: Layer, architecture: str | None = None) -> 
 
 
 def python_members() -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """The interpreter, its standard library and its shared libraries, with `/usr/bin/python3` to start it."""
+    """The interpreter, its standard library and its shared libraries, with `/usr/bin/python3` to start it; a shell."""
     program = Path(os.path.realpath(sys.executable))
     library = Path(sysconfig.get_paths()["stdlib"])
-    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
-    shared = [Path(word) for word in listed.split() if word.startswith("/")]
+    tools = {name: Path(os.path.realpath(str(shutil.which(name)))) for name in ("sh", "env")}
+    listed = subprocess.run(
+        ["ldd", program, *tools.values()], capture_output=True, text=True, check=True
+    ).stdout
+    shared = {Path(word) for word in listed.split() if word.startswith("/") and not word.endswith(":")}
     unwanted = {"test", "site-packages", "dist-packages", "idlelib", "__pycache__", "lib2to3", "ensurepip"}
     sources: list[Path] = []
     for folder, names, files in os.walk(library):
@@ -111,8 +115,10 @@ def python_members() -> Iterator[tuple[tarfile.TarInfo, bytes]]:
         sources += [Path(folder, name) for name in sorted(files) if not name.endswith((".a", ".pyc"))]
     for name, mode in (("tmp", 0o1777), ("home/drydock", 0o755), ("usr/bin", 0o755), ("etc", 0o755)):
         yield member(name, mode=mode)
-    for path in [program, *shared, *sources]:
+    for path in [program, *sorted(shared), *sources]:
         yield member(str(path)[1:], path.read_bytes(), mode=0o755)
+    for name, path in tools.items():
+        yield member(f"usr/bin/{name}", path.read_bytes(), mode=0o755)
     if program != Path("/usr/bin/python3"):
         yield member("usr/bin/python3", type=tarfile.SYMTYPE, linkname=str(program))
     # A resolver that an image brings is not the host's, and its link leads nowhere.
@@ -448,6 +454,95 @@ def test_nothing_outlives_a_killed_drydock(
     assert list((store.root / "run").iterdir()), "this test expects a scratch folder that nobody removed"
     assert chroot.run(store, image, task("")) == 0
     assert not list((store.root / "run").iterdir())
+
+
+# -------------------------------------------------------------------------- a container made ahead
+
+
+def containers(tmp_path: Path) -> dict[str, str]:
+    """Those that see this test's results: id -> state."""
+    format_ = "{{.ID}} {{.State}} {{.Mounts}}"
+    rows = subprocess.run(
+        ["docker", "ps", "--all", "--no-trunc", "--format", format_],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    return {row.split()[0]: row.split()[1] for row in rows if str(tmp_path) in row}
+
+
+def test_what_was_made_ahead_is_used_and_takes_its_command_then(
+    docker_runtime: Runtime,
+    store: Store,
+    image: Built,
+    task: Callable[..., Task],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    docker_runtime.prepare(store, image)
+    docker_runtime.ahead(image, task(""))
+    assert eventually(lambda: list(containers(tmp_path).values()) == ["running"])
+    (made,) = containers(tmp_path)
+    time.sleep(1.5)
+    code = """
+import os, socket, sys
+print(socket.gethostname(), sys.stdin.read(), os.environ["WORDS"], sys.argv[1:])
+print(float(open("/proc/uptime").read().split()[0]) - float(os.environ["DRYDOCK_TOLD"]))
+raise SystemExit(7)
+"""
+    words = 'it\'s $HOME; `a` "b" \\ ünï\tend'
+    assert docker_runtime.run(store, image, task(code, "x y", "*", "", environment={"WORDS": words})) == 7
+    first, seconds = capfd.readouterr().out.splitlines()
+    assert first == f"{made[:12]}  {words} ['x y', '*', '']"
+    # It is as old as its command is, which is what a budget is for.
+    assert 0 <= float(seconds) < 1
+    assert eventually(lambda: not containers(tmp_path))
+    # And is used once.
+    assert docker_runtime.run(store, image, task("import socket; print(socket.gethostname())")) == 0
+    assert capfd.readouterr().out.strip() != made[:12]
+
+
+def test_what_was_made_ahead_ends_with_its_command_s_signal(
+    docker_runtime: Runtime, store: Store, image: Built, task: Callable[..., Task]
+) -> None:
+    docker_runtime.prepare(store, image)
+    docker_runtime.ahead(image, task(""))
+    assert docker_runtime.run(store, image, task("import os; os.kill(os.getpid(), 9)")) == 128 + 9
+
+
+@pytest.mark.parametrize("change", ["surroundings", "killed", "dismissed"])
+def test_what_was_made_ahead_and_is_not_used_is_removed(
+    docker_runtime: Runtime,
+    store: Store,
+    image: Built,
+    task: Callable[..., Task],
+    tmp_path: Path,
+    change: str,
+) -> None:
+    docker_runtime.prepare(store, image)
+    docker_runtime.ahead(image, task(""))
+    assert eventually(lambda: list(containers(tmp_path).values()) == ["running"])
+    more: dict[str, object] = {}
+    if change == "surroundings":
+        more = {"user": "drydock", "results": tmp_path / "others"}
+    elif change == "killed":
+        subprocess.run(["docker", "kill", *containers(tmp_path)], capture_output=True, check=True)
+    else:
+        docker_runtime.dismiss()
+    assert docker_runtime.run(store, image, task("raise SystemExit(3)", **more)) == 3
+    assert eventually(lambda: not containers(tmp_path))
+
+
+def test_ahead_twice_leaves_one(
+    docker_runtime: Runtime, store: Store, image: Built, task: Callable[..., Task], tmp_path: Path
+) -> None:
+    docker_runtime.prepare(store, image)
+    docker_runtime.ahead(image, task(""))
+    docker_runtime.ahead(image, task(""))
+    assert eventually(lambda: list(containers(tmp_path).values()) == ["running"])
+    docker_runtime.dismiss()
+    docker_runtime.dismiss()
+    assert eventually(lambda: not containers(tmp_path))
 
 
 def test_the_next_docker_run_ends_what_a_killed_drydock_left(

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from drydock.tiers import PHASES, phase, record
 from drydock.tiers.ledger import Clock
+from drydock.tiers.processes import TOLD, age
 
 pytest_plugins = ["pytester"]
 
@@ -974,6 +975,18 @@ def test_collecting_only_needs_no_budget_and_leaves_nothing(tier: Tier) -> None:
     assert result.ret == 0
     assert "test_it.py::test_it" in result.stdout.str()
     assert not tier.results.exists()
+
+
+def test_a_process_is_as_old_as_what_it_was_told_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TOLD, raising=False)
+    began = age()
+    assert began > 0.3
+    up = float(Path("/proc/uptime").read_text().split()[0])
+    monkeypatch.setenv(TOLD, f"{up - 0.1:.2f}")
+    assert 0.09 < age() < began + 0.2
+    # What it was told before it began is of another container.
+    monkeypatch.setenv(TOLD, "0.00")
+    assert age() == pytest.approx(began, abs=1)
 
 
 # ---------------------------------------------------------------------------------- interruption, waiting

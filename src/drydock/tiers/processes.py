@@ -40,11 +40,18 @@ def now() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS)
 
 
+TOLD = "DRYDOCK_TOLD"
+"""Variable with what /proc/uptime said when a container that stood ready was told its command."""
+
+
 def age() -> float:
-    """Seconds since this process was started; 0 where /proc does not tell."""
+    """Seconds since this process was started, or told what to run if that was later; 0 where /proc does not tell."""
     with contextlib.suppress(OSError):
         if _proc_is_ours():
-            return max(0.0, (now() - _read(str(os.getpid())).born) / TICKS)
+            ages = [(now() - _read(str(os.getpid())).born) / TICKS]
+            if told := os.environ.get(TOLD):
+                ages.append(float(Path("/proc/uptime").read_text().split()[0]) - float(told))
+            return max(0.0, min(ages))
     return 0.0
 
 
