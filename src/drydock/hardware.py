@@ -51,8 +51,12 @@ def definition_for(root: Path, device: Device) -> Definition | None:
     return None
 
 
-def used_here(device: Device) -> dict[str, Any]:
-    """What tests ran on: the CPU's model, cores and bytes of memory, and the accelerators of a kind that were used."""
+def used_here(device: Device, machine: str = "") -> dict[str, Any]:
+    """What tests ran on: the CPU's model, cores and bytes of memory, and the accelerators of a kind that were used.
+
+    Parameters:
+        machine: what the image's programs are made for (`x86_64`, `aarch64`): named where this machine emulates it.
+    """
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -64,6 +68,7 @@ def used_here(device: Device) -> dict[str, Any]:
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "emulated": machine if machine != platform.machine() else "",
         "gpus": _gpus() if device is CUDA else [],
         "npus": _npus() if device is NPU else [],
     }

@@ -132,6 +132,7 @@ def _marks(runs: list[tuple[Path, Report]], record: dict[str, object] | None, ki
             failed = len(outcomes) - passed
             what = ", ".join(tier.tier for tier in run.tiers)
             text = f"{what}, {run.profile}: {passed} passed" + (f", {failed} failed" if failed else "")
+            text += ", emulated" if run.device.emulated else ""
         earlier = "" if record and run.image.digest == record["digest"] else " (earlier)"
         marks.append(f"[{text}](runs/{path.name}){earlier}")
     return "<br>".join(marks)

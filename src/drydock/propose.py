@@ -84,6 +84,8 @@ def _read_run(file: Path) -> Document:
     if outcome != "passed" or not tiers:
         detail = run.get("detail") or "no tier ran"
         raise DrydockError(f"{file}: {image} {profile} did not pass ({detail}): only runs that pass measure")
+    if emulated := run["device"].get("emulated"):
+        raise DrydockError(f"{file}: {emulated} was emulated there: measure where {image} runs itself")
     for tier in tiers:
         if not (tier["complete"] and tier["whole"]):
             raise DrydockError(f"{file}: only a part of the {tier['tier']} tier ran: measure whole tiers")

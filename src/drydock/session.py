@@ -58,8 +58,9 @@ class OutOfTime(SystemExit):
 class Place:
     """Where the session's commands run: an image in a runtime, or this very process's surroundings.
 
-    `device` is what the image is made for. `checkout` and `results` are the folders as seen there, `inputs` the
-    options' paths as seen there. `ahead` makes ready what the next command can use, `dismiss` takes it back.
+    `device` and `machine` are what the image is made for; no `machine` is this one. `checkout` and `results` are the
+    folders as seen there, `inputs` the options' paths as seen there. `ahead` makes ready what the next command can use,
+    `dismiss` takes it back.
     """
 
     runtime: str
@@ -72,6 +73,7 @@ class Place:
     run: Callable[[list[str], dict[str, str]], int]
     ahead: Callable[[], None] = lambda: None
     dismiss: Callable[[], None] = lambda: None
+    machine: str = ""
 
 
 @dataclass(kw_only=True)
@@ -177,7 +179,7 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
         place = _place(root, name, folder, record)
     record.clock = time.monotonic()
     record.commit = _commit(root)
-    record.device = used_here(CPU if options.cpu_part else place.device)
+    record.device = used_here(CPU if options.cpu_part else place.device, place.machine)
     try:
         with _deadline(record.ceiling):
             _run(folder, place, record)
@@ -390,6 +392,7 @@ def _place(root: Path, name: str, folder: Path, record: Record) -> Place:
         run=lambda command, environment: runtime.run(store, built, task(command, environment)),
         ahead=lambda: runtime.ahead(built, task([], {})),
         dismiss=runtime.dismiss,
+        machine=image.machine,
     )
 
 

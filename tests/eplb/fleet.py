@@ -44,7 +44,7 @@ class Fleet:
         self._launcher.start()
         for _, theirs in pairs:
             theirs.close()
-        self.run("joined", timeout=120)
+        self.run("joined", timeout=600)
 
     def run(self, job: str, *arguments: Any, timeout: float = 60.0, **options: Any) -> list[Any]:
         """Call a function of `ranks` in every rank at once, and return what each returns.

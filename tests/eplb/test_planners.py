@@ -165,7 +165,7 @@ def test_separate_processes_compute_the_same_maps(profile: Profile, record: Reco
         )
         for rank in range(profile["planning_processes"])
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes)
     digests = [json.loads(output) for output in outputs]
     caught = {}

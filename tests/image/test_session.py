@@ -111,6 +111,7 @@ def test_a_session_that_passes(session: Session, tiny: Made) -> None:
     report = session.report()
     assert report["outcome"] == "passed"
     assert report["image"]["digest"] == f"sha256:{tiny.built.digest}"
+    assert report["device"]["emulated"] == ""
     assert report["verification"]["verdict"] == "ok"
     assert [tier["tier"] for tier in report["tiers"]] == list(TIERS)
     assert [test["outcome"] for tier in report["tiers"] for test in tier["tests"]] == ["passed"] * 3

@@ -20,6 +20,6 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def preloaded() -> Iterator[None]:
     """The process that ranks are forked from has imported what they need, so that no test waits for it."""
-    run_ranks(os.getpid, 1, deadline=180.0)
+    run_ranks(os.getpid, 1, deadline=600.0)
     yield
     stop_preloaded()

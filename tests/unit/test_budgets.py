@@ -376,6 +376,10 @@ def test_a_session_of_some_tiers_says_nothing_about_the_whole(tmp_path: Path) ->
         ([report(), report(1), report(2, outcome="failed", detail="a test")], "did not pass (a test)"),
         ([report(), report(1), report(2, tiers=[])], "did not pass (no tier ran)"),
         (
+            [report(), report(1), report(2, device={"cpu": "A CPU", "cores": 2, "emulated": "aarch64"})],
+            "aarch64 was emulated there: measure where cpu-vllm runs itself",
+        ),
+        (
             [report(), report(1), report(2, image={"name": "h100-vllm"})],
             "different images or profiles have no common budget: cpu-vllm fast in ",
         ),

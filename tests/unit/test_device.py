@@ -135,6 +135,15 @@ def test_what_a_run_had_is_in_its_document(machine: Machine, tmp_path: Path) -> 
     assert (had["kind"], had["gpus"], had["npus"]) == ("cpu", [], [])
 
 
+def test_a_machine_that_was_emulated_is_in_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert [used_here(CPU, machine)["emulated"] for machine in ("", "x86_64", "aarch64")] == [
+        "",
+        "",
+        "aarch64",
+    ]
+
+
 def test_memory_that_a_server_uses_is_read_of_either(machine: Machine, tmp_path: Path) -> None:
     an_h100(machine, tmp_path)
     assert devices.used_mib({}) == {"GPU-5a1a6a2e-7a5c-4c0e-9c39-4f0f6f0c2b11": 4}

@@ -339,6 +339,13 @@ def test_the_page_names_npus_and_what_is_missing_as_declared() -> None:
     assert '<span class="outcome quiet">as-declared</span>' in page
 
 
+def test_the_page_says_what_was_emulated() -> None:
+    document = build()
+    document["device"] |= {"cpu": "A CPU", "emulated": "aarch64"}
+    assert "A CPU, 2 cores, 24 GiB; aarch64 emulated" in Elements(rendered(document)).text
+    assert "emulated" not in Elements(rendered(build())).text
+
+
 def test_differences_from_the_lock_are_listed() -> None:
     text = Elements(page_of("empty")).text
     assert "differs from the lock in 1 place" in text

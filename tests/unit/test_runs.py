@@ -32,6 +32,7 @@ def test_the_row_of_a_run_is_its_documents(path: Path) -> None:
         f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver']}"
         if gpus
         else f"{device['cpu']}, {device['cores']} cores"
+        + (", aarch64 emulated" if device.get("emulated") else "")
     )
     assert cells[4] == ("as locked" if run.verification and run.verification.verdict == "ok" else "differ")
     assert cells[5] == ("passed" if run.ok else "failed")
@@ -92,6 +93,11 @@ def test_no_mark_in_the_matrix_without_its_run(tmp_path: Path) -> None:
     assert len(marked) == 1
     assert marked[0].startswith("| `h100-vllm` |")
     assert "(earlier)" not in marked[0]
+    assert "emulated" not in marked[0]
+    document["device"] |= {"kind": "cpu", "emulated": "aarch64"}
+    (tmp_path / "docs/runs/one.json").write_text(json.dumps(document))
+    (row,) = [line for line in matrix(tmp_path).splitlines() if "runs/one.json" in line]
+    assert "11 passed, emulated]" in row
 
 
 def test_the_readmes_short_matrix_says_what_the_long_one_does() -> None:

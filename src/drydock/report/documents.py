@@ -314,6 +314,7 @@ class Device(Model):
     cpu: Text = ""
     cores: int = 0
     memory_bytes: int = 0
+    emulated: Text = ""
     gpus: tuple[Accelerator, ...] = ()
     npus: tuple[Accelerator, ...] = ()
 
@@ -325,6 +326,8 @@ class Device(Model):
             count = (*self.gpus, *self.npus).count(one)
             parts.append(f"{count} × {one.name}, {_gib(one.memory_bytes)} each, driver {one.driver}")
         parts.append(f"{self.cpu or 'CPU'}, {plural(self.cores, 'core')}, {_gib(self.memory_bytes)}")
+        if self.emulated:
+            parts.append(f"{self.emulated} emulated")
         return "; ".join(parts)
 
 

@@ -64,7 +64,7 @@ class Engine:
         module = self.module if serve else ""
         return [sys.executable, "-P", str(LAUNCHER), str(verdict), self.parser, module, *flags]
 
-    def parse(self, flags: Sequence[str], timeout: float = 120.0) -> dict[str, Any]:
+    def parse(self, flags: Sequence[str], timeout: float = 300.0) -> dict[str, Any]:
         """What the engine's own parser makes of flags: name -> value, defaults included.
 
         Values that JSON does not have are given as their `repr`.
