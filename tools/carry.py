@@ -213,9 +213,10 @@ def tools(out: Path, python: str, platform: str) -> None:
         for command in (
             # Of the whole lock, what drydock itself needs; uv resolves and builds, which is not done there.
             ["compile", "pyproject.toml", "--constraint", "lock/drydock.txt", "--no-emit-package", "uv",
-             "--generate-hashes", "--output-file", needed],
+             "--output-file", needed],
+            # The hashes are the lock's: of the index's own a replaced wheel would have the right one.
             ["install", "--target", site, "--no-deps", "--require-hashes", "--only-binary", ":all:",
-             "--requirement", needed],
+             "--requirement", needed, "--constraint", "lock/drydock.txt"],
         ):  # fmt: skip
             done = subprocess.run(
                 [find_uv_bin(), "pip", *command, *target], cwd=root, stdout=subprocess.DEVNULL

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -32,8 +33,6 @@ from drydock.tiers.processes import TOLD
 from drydock.unpack import check_blobs
 
 if TYPE_CHECKING:
-    import socket
-
     from docker.models.containers import Container
 
 LABEL = {"dev.drydock": "run"}
@@ -42,13 +41,8 @@ OWNER, OWNER_PID = "dev.drydock.owner", "dev.drydock.pid"
 """On them too: the machine and process that started it."""
 SHARED_MEMORY = "2g"
 """Size of /dev/shm: the engine's default of 64 MB is too small for vLLM's and NCCL's buffers."""
-ANY_COMMAND = (
-    "sh",
-    "-c",
-    f"newline='\n'; IFS= read -r line && read -r {TOLD} _ < /proc/uptime && export {TOLD} && "
-    'eval "exec $line" < /dev/null',
-)
-"""What a container that stands ready runs: the command that it is told, with when that was."""
+ANY_COMMAND = ("sh",)
+"""What a container that stands ready runs: it reads the command that it is told."""
 PING_SECONDS = 10
 GRACE_SECONDS = 10
 """From SIGTERM to SIGKILL when drydock is told to end."""
@@ -77,14 +71,22 @@ class Ready:
     surroundings: Task
     container: Container
     output: Output
-    line: socket.SocketIO
+    line: Any
 
     def tell(self, task: Task) -> None:
+        """Tell it its command, and that it was told now."""
         variables = [f"{name}={value}" for name, value in task.environment.items()]
-        # One line, since the shell reads one: what has line ends is in single quotes here.
-        command = shlex.join(["env", *variables, *task.command]).replace("\n", "'\"$newline\"'")
-        os.write(self.line.fileno(), f"{command}\n".encode())
+        command = shlex.join(["env", *variables, *task.command])
+        # In braces, so that of words that were cut off nothing runs.
+        words = f"{{ read -r {TOLD} _ < /proc/uptime; export {TOLD}; exec {command} < /dev/null; }}\n"
+        # docker-py gives a SocketIO, with TLS an SSLSocket and over SSH a channel.
+        getattr(self.line, "_sock", self.line).sendall(words.encode())
         self.line.close()
+
+    def close(self) -> None:
+        """It is not needed: remove it, beside what comes next."""
+        self.line.close()
+        _remove_behind(self.container)
 
 
 class DockerRuntime:
@@ -107,8 +109,8 @@ class DockerRuntime:
             ) from error
         # The engine unpacks a loaded image before it answers, and a command may be silent for hours.
         self._client.api.timeout = None  # type: ignore[assignment]  # what requests takes for "no limit"
-        self._ready: Ready | None = None
-        self._getting_ready: threading.Thread | None = None
+        self._coming: Future[Ready | None] | None = None
+        self._lock = threading.Lock()
 
     def facts(self) -> tuple[str, bool]:
         """The engine's version, and whether it keeps images in the containerd store."""
@@ -253,59 +255,75 @@ class DockerRuntime:
         It takes its command and environment then. One that was made ahead before and not used is removed.
         """
         self.dismiss()
-        surroundings = replace(task, command=ANY_COMMAND, environment={})
+        coming: Future[Ready | None] = Future()
 
-        def get_ready() -> None:
-            # Without one, `run` makes its own, and says what is wrong.
-            with contextlib.suppress(DrydockError, DockerException, OSError):
-                container = self._create(built, surroundings, told=True)
-                try:
-                    output = container.attach(stream=True, demux=True)
-                    line = self._client.api.attach_socket(str(container.id), {"stdin": 1, "stream": 1})
-                    container.start()
-                except BaseException:
-                    _remove(container)
-                    raise
-                self._ready = Ready(
-                    digest=built.digest,
-                    surroundings=surroundings,
-                    container=container,
-                    output=output,
-                    line=line,
-                )
+        def make() -> None:
+            try:
+                coming.set_result(self._make_ready(built, _surroundings(task)))
+            except BaseException as error:
+                coming.set_exception(error)
 
-        self._getting_ready = threading.Thread(target=get_ready, name="ahead")
-        self._getting_ready.start()
+        # Where the engine answers no more, the process ends all the same.
+        threading.Thread(target=make, name="ahead", daemon=True).start()
+        with self._lock:
+            self._coming = coming
+
+    def _make_ready(self, built: Built, surroundings: Task) -> Ready | None:
+        # Without one, `run` makes its own, and says what is wrong.
+        with contextlib.suppress(DrydockError, DockerException, OSError):
+            container = self._create(built, surroundings, told=True)
+            try:
+                output = container.attach(stream=True, demux=True)
+                line = self._client.api.attach_socket(str(container.id), {"stdin": 1, "stream": 1})
+                container.start()
+            except BaseException:
+                _remove(container)
+                raise
+            return Ready(
+                digest=built.digest,
+                surroundings=surroundings,
+                container=container,
+                output=output,
+                line=line,
+            )
+        return None
 
     def dismiss(self) -> None:
-        """Remove what was made ahead and is not used."""
-        if ready := self._made_ahead():
-            ready.line.close()
-            _remove_behind(ready.container)
+        """Remove what was made ahead and is not used.
 
-    def _made_ahead(self) -> Ready | None:
-        if self._getting_ready:
-            self._getting_ready.join()
-        ready, self._ready, self._getting_ready = self._ready, None, None
+        What an engine that does not answer in time still makes is ended by the next drydock's run.
+        """
+        with contextlib.suppress(TimeoutError):
+            if ready := self._made_ahead(GRACE_SECONDS):
+                ready.close()
+
+    def _made_ahead(self, timeout: float | None = None) -> Ready | None:
+        coming = self._coming
+        # A signal that comes while this waits leaves it to `dismiss`.
+        ready = coming.result(timeout) if coming else None
+        with self._lock:
+            if self._coming is not coming:
+                return None
+            self._coming = None
         return ready
 
     def _take(self, built: Built, task: Task) -> Ready | None:
         """The container that was made ahead, if it is one for this task and still waits."""
         ready = self._made_ahead()
-        if ready is None:
-            return None
-        with contextlib.suppress(DockerException):
-            ready.container.reload()
-            wanted = replace(task, command=ANY_COMMAND, environment={})
-            if (built.digest, wanted, "running") == (
-                ready.digest,
-                ready.surroundings,
-                ready.container.status,
-            ):
-                return ready
-        ready.line.close()
-        _remove_behind(ready.container)
-        return None
+        fits = False
+        try:
+            if ready:
+                with contextlib.suppress(DockerException):
+                    ready.container.reload()
+                    fits = (built.digest, _surroundings(task), "running") == (
+                        ready.digest,
+                        ready.surroundings,
+                        ready.container.status,
+                    )
+        finally:
+            if ready and not fits:
+                ready.close()
+        return ready if fits else None
 
     def _remove_orphans(self) -> None:
         """End containers of a drydock on this machine that was killed before it could end them itself."""
@@ -407,6 +425,11 @@ def _named(name: str, recorded: Mapping[str, Any]) -> Built:
         layers=(),
         environment={},
     )
+
+
+def _surroundings(task: Task) -> Task:
+    """The task of a container that waits for its command."""
+    return replace(task, command=ANY_COMMAND, environment={})
 
 
 def _labels() -> dict[str, str]:

@@ -45,7 +45,7 @@ PATIENCE = 60.0
 """Seconds past the session's ceiling after which its command is ended from outside. The tiers end by themselves
 long before; this is for a watchdog that hangs itself."""
 SOON = 0.5
-"""Seconds into the verification before what the first tier runs in is made ready: it has its own by then."""
+"""Seconds into the verification before what the first tier runs in is made ready: as a rule it has its own by then."""
 SETTLE = 5.0
 """Seconds into a tier before the report of what ran before it is written: its start is not to be slowed."""
 
@@ -192,8 +192,10 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
         record.detail = "interrupted"
         raise
     finally:
-        place.dismiss()
-        _report(folder, place, record)
+        try:
+            _report(folder, place, record)
+        finally:
+            place.dismiss()
     if failures := record.failures():
         raise CheckFailed(f"{record.name} failed: {failures[0]}")
 

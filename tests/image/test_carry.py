@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -144,23 +145,38 @@ def test_a_part_that_does_not_come_is_named(
     assert (done.returncode, done.stderr.decode()) == (1, f"carry: {missing} is not there: send it\n")
 
 
+def pack_tools(archive: Path, root: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    """For this Python and machine, and with the user's own index, as whoever packs it has."""
+    version, machine = f"{sys.version_info.major}.{sys.version_info.minor}", platform.machine()
+    target = ("--python", version, "--platform", f"{machine}-manylinux_2_28")
+    command = [sys.executable, root / "tools/carry.py", "tools", archive, *target]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_what_drydock_needs_there_is_held_to_the_hashes_of_its_lock(tmp_path: Path) -> None:
+    for name in ("tools", "lock", "src"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    lock = tmp_path / "lock/drydock.txt"
+    text, found = re.subn(
+        r"(?m)^idna==.*(\n +--hash=.*)+",
+        lambda entry: re.sub(r"sha256:\w+", f"sha256:{'0' * 64}", entry[0]),
+        lock.read_text(),
+    )
+    assert found == 1
+    lock.write_text(text)
+    done = pack_tools(tmp_path / "tools.tar.gz", tmp_path)
+    assert done.returncode == 1
+    assert "Hash mismatch" in done.stderr
+    assert "idna" in done.stderr
+    assert not (tmp_path / "tools.tar.gz").exists()
+
+
 def test_what_is_packed_of_drydock_s_own_needs_is_all_that_a_session_imports(tmp_path: Path) -> None:
     archive, site = tmp_path / "tools.tar.gz", tmp_path / "site"
-    platform_name = f"{platform.machine()}-manylinux_2_28"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    # With the user's own index, as whoever packs it has.
-    command = [
-        sys.executable,
-        str(CARRY),
-        "tools",
-        str(archive),
-        "--python",
-        version,
-        "--platform",
-        platform_name,
-    ]
-    done = subprocess.run(command, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
+    done = pack_tools(archive)
+    assert done.returncode == 0, done.stderr
     with tarfile.open(archive) as tar:
         tar.extractall(site, filter="data")
     modules = "session, publish, vendor, chroot_runtime, report, verify"

@@ -14,6 +14,9 @@ import os
 import pty
 import shutil
 import signal
+import socket
+import socketserver
+import ssl
 import stat
 import subprocess
 import sys
@@ -531,6 +534,85 @@ def test_what_was_made_ahead_and_is_not_used_is_removed(
         docker_runtime.dismiss()
     assert docker_runtime.run(store, image, task("raise SystemExit(3)", **more)) == 3
     assert eventually(lambda: not containers(tmp_path))
+
+
+def test_what_was_made_ahead_is_used_over_tls(
+    docker_runtime: Runtime,
+    store: Store,
+    image: Built,
+    task: Callable[..., Task],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with an engine in a container of its own, beside a CI job's."""
+    docker_runtime.prepare(store, image)
+    with tls_engine(tmp_path / "certificates") as port:
+        monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{port}")
+        monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
+        # requests prefers these to the authority that its caller names.
+        monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
+        monkeypatch.delenv("CURL_CA_BUNDLE", raising=False)
+        monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path / "certificates"))
+        over_tls = runtime.choose("docker")
+        over_tls.ahead(image, task(""))
+        assert eventually(lambda: list(containers(tmp_path).values()) == ["running"])
+        (made,) = containers(tmp_path)
+        code = "import socket; print(socket.gethostname()); raise SystemExit(3)"
+        assert over_tls.run(store, image, task(code)) == 3
+        assert capfd.readouterr().out == f"{made[:12]}\n"
+        assert eventually(lambda: not containers(tmp_path))
+
+
+@contextlib.contextmanager
+def tls_engine(folder: Path) -> Iterator[int]:
+    """The engine of this machine over TLS: its port on 127.0.0.1, with a client's files in the folder."""
+    folder.mkdir()
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=engine",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
+        capture_output=True, check=True,
+    )  # fmt: skip
+    shutil.copy(folder / "cert.pem", folder / "ca.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+
+    class Proxy(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as engine:
+                engine.connect("/var/run/docker.sock")
+                client = context.wrap_socket(self.request, server_side=True)
+                back = threading.Thread(target=pump, args=(engine, client))
+                back.start()
+                pump(client, engine)
+                back.join()
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Proxy) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def test_an_engine_that_makes_nothing_does_not_keep_a_process(
+    docker_runtime: Runtime, image: Built, task: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(docker_runtime_module, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(docker_runtime, "_create", lambda *_, **__: answers.wait(60))
+    docker_runtime.ahead(image, task(""))
+    began = time.monotonic()
+    docker_runtime.dismiss()
+    assert time.monotonic() - began < 10
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "ahead")
+    answers.set()
 
 
 def test_ahead_twice_leaves_one(

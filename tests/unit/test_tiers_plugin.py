@@ -659,10 +659,10 @@ def test_after():
     assert gone(int((tier.pytester.path / "pid").read_text()))
     assert (tier.pytester.path / "cleaned").exists()
     assert not (tier.pytester.path / "went on").exists()
-    assert (
-        "drydock: the tier's watchdog ended: no result is written"
-        in tier.pytester.path.joinpath("stdout").read_text()
-    )
+    said = tier.pytester.path.joinpath("stdout").read_text()
+    assert "drydock: the tier's watchdog ended: no result is written" in said
+    # Python's complaint about the pipe that nobody reads any more.
+    assert "wakeup" not in said + tier.pytester.path.joinpath("stderr").read_text()
     # What lies there is the document as it last was, and it says so.
     assert (run.document["outcome"], run.document["complete"]) == ("crashed", False)
     assert "the watchdog was ended before pytest was" in run.document["detail"]
@@ -1071,6 +1071,23 @@ def test_it():
     assert (run.status, run.outcomes) == (2, {"test_it": "not-run"})
     assert run.document["detail"] == "interrupted by SIGTERM"
     assert time.monotonic() - began < 12
+
+
+def test_the_watchdog_waits_without_work_for_a_pytest_that_has_closed_everything(tier: Tier) -> None:
+    # As one that ends does while it gives back a GPU's memory, for seconds.
+    tier.run(
+        """
+def used():
+    return sum(int(field) for field in Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[11:13])
+
+def test_it():
+    os.closerange(3, 256)
+    before = used()
+    time.sleep(2)
+    Path("used").write_text(str((used() - before) / os.sysconf("SC_CLK_TCK")))
+"""
+    )
+    assert float((tier.pytester.path / "used").read_text()) < 1
 
 
 def test_an_interruption_that_is_swallowed_ends_pytest(tier: Tier) -> None:

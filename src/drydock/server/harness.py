@@ -43,7 +43,7 @@ class Server:
         model: folder of the model.
         flags: the engine's own, without model, name, address and port.
         log: file that gets its output, appended below a heading.
-        environment: added to this process's.
+        environment: added to this process's; TMPDIR is the server's own folder whatever it says.
         ready_timeout: seconds from the start until it must generate.
         stop_timeout: seconds from SIGTERM until what is left is killed.
         memory_timeout: seconds until the accelerators' memory must be back where it was.
@@ -86,7 +86,8 @@ class Server:
         self.leftovers: list[str] = []
         self._folder = model
         self._flags = list(flags)
-        self._temporary = Path(tempfile.gettempdir(), self.model)
+        # Short: engines bind sockets of 37 bytes in it, and a socket's path has 107.
+        self._temporary = Path(tempfile.gettempdir(), f"d-{self.model[-8:]}")
         self._environment = {
             # The numbers in CUDA_VISIBLE_DEVICES are then those of nvidia-smi.
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",

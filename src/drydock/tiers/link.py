@@ -82,7 +82,7 @@ class Link:
         if child:
             _become_watchdog(its, fault, child, came)
         its.close()
-        os.close(came)
+        # `came` stays open: when the watchdog is gone, each signal would be a complaint about a pipe without a reader.
         self._socket = mine
         self._pid, self._watchdog = os.getpid(), os.getppid()
         libc = ctypes.CDLL(None)

@@ -124,7 +124,8 @@ class Watchdog:
                 if self._status is not None:
                     break
                 self._pass_on()
-                self._rouse(time.monotonic())
+                if not self._rouse(time.monotonic()) and self._came in selector.get_map():
+                    selector.unregister(self._came)
                 self._tick(time.monotonic())
                 if self._dirty and time.monotonic() - self._written >= WRITE_SECONDS:
                     self._write()
@@ -329,14 +330,20 @@ class Watchdog:
             self._interrupt(signal.Signals(number).name, time.monotonic())
             send(self._pytest, number)
 
-    def _rouse(self, now: float) -> None:
-        """Wake pytest, whose handler of a signal that came just before it went to sleep has not run."""
+    def _rouse(self, now: float) -> bool:
+        """Wake pytest, whose handler of a signal that came just before it went to sleep has not run.
+
+        False if no more signals are told: its end has closed the pipe.
+        """
+        numbers: bytes | None = None
         with contextlib.suppress(BlockingIOError):
-            if set(os.read(self._came, 4096)) & {OUT, *ENDING}:
-                self._wake = now + WAKE_SECONDS
+            numbers = os.read(self._came, 4096)
+        if numbers and set(numbers) & {OUT, *ENDING}:
+            self._wake = now + WAKE_SECONDS
         if self._wake <= now:
             self._wake = math.inf
             send(self._pytest, WAKE)
+        return numbers != b""
 
     def _close(self) -> int:
         """pytest has ended: the last verdicts, what survived, the document."""
