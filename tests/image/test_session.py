@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -345,6 +347,55 @@ def mounted(engine: docker.DockerClient, session: Session) -> list[str]:
         for container in engine.containers.list(all=True, ignore_removed=True)
         if str(session.project.root) in {mount.get("Source") for mount in container.attrs["Mounts"]}
     ]
+
+
+# Carried
+
+
+def test_an_image_that_comes_in_parts_is_put_together_and_its_tiers_run(
+    session: Session, tiny: Made, tmp_path: Path
+) -> None:
+    """As on a lent machine, to which a part a call is sent: unpacking begins before the last one is there."""
+    root, parts, there = session.project.root, tmp_path / "parts", tmp_path / "there"
+    shutil.copytree(REPOSITORY / "tools", root / "tools")
+    write_record(root, tiny.built)
+    tools, have = tmp_path / "tools.tar.gz", tmp_path / "have.json.gz"
+    carry = [sys.executable, root / "tools/carry.py"]
+    surroundings: dict[str, Any] = {"cwd": root, "env": environment(session.store)}
+    (tmp_path / "nothing").mkdir()
+    have.write_bytes(
+        subprocess.run([*carry, "probe", tmp_path / "nothing"], capture_output=True, check=True).stdout
+    )
+    packing = [*carry, "pack", "tiny-mini", have, tmp_path / "sent", "--megabytes", "20", "--level", "1"]
+    subprocess.run(packing, **surroundings, check=True)
+    # The Python that runs the tests has what drydock needs already.
+    tarfile.open(tools, "w:gz").close()
+    sent = sorted((tmp_path / "sent").glob("part-*"))
+    assert len(sent) > 1
+
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    target = environment(there, PATH=path, TMPDIR=str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    script = root / "tools/carried.sh"
+    unpacking = subprocess.Popen([script, "unpack", parts, tools, str(len(sent))], env=target)
+    try:
+        for part in sent:
+            time.sleep(0.5)
+            assert unpacking.poll() is None
+            part.rename(parts / part.name)
+        words = [script, parts, tools, tmp_path / "out", "mini", "fast", "--hardware", "tiny"]
+        done = subprocess.run(words, env=target, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert unpacking.wait(10) == 0
+    finally:
+        unpacking.kill()
+        unpacking.wait()
+    (archive,) = (tmp_path / "out").iterdir()
+    with tarfile.open(archive) as tar:
+        member = tar.extractfile("./report.json")
+        assert member
+        report = json.load(member)
+    assert (report["outcome"], report["image"]["digest"]) == ("passed", f"sha256:{tiny.built.digest}")
 
 
 # Prebuilt
