@@ -45,8 +45,8 @@ def matrix(root: Path) -> str:
 
 
 FOOTER = """A run is named with the tests that passed in it, and with those that failed. "Earlier" is a run of an image
-of that name with another digest than the one recorded now. Of a base that is not read yet, the versions are what its
-definition says of it.
+of that name with another digest than the one recorded now, "emulated" one on a CPU of another architecture. Of a base
+that is not read yet, the versions are what its definition says of it.
 """
 
 

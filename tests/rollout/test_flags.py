@@ -12,6 +12,8 @@ from conftest import Launch, Served
 from drydock.server import FlagError
 
 
+# vLLM's parser asks first what device there is, and ends where it is made for one and there is none.
+@pytest.mark.serves("vllm")
 def test_what_the_parser_does_not_know_is_refused(launch: Launch) -> None:
     """An unknown flag, and a value that is none of the choices."""
 

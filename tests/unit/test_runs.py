@@ -116,8 +116,11 @@ def test_the_readmes_short_matrix_says_what_the_long_one_does() -> None:
         )
         if passed := re.search(r"\d+ passed", mark):
             # Of the image as it is recorded, not of an earlier one.
-            runs = re.findall(r"\[rollout, trainer, eplb, (\S+): (\d+ passed)\]\(\S+\)(?! \(earlier\))", line)
-            assert (("fast" if "all tiers, fast" in mark else "fast-cpu-part"), passed[0]) in runs
+            runs = re.findall(
+                r"\[rollout, trainer, eplb, (\S+): (\d+ passed)(, emulated)?\]\(\S+\)(?! \(earlier\))", line
+            )
+            profile = "fast" if "all tiers, fast" in mark else "fast-cpu-part"
+            assert (profile, passed[0], ", emulated" if "emulated" in mark else "") in runs
         elif "its base is not read yet" in line:
             assert mark == "locked; not built: its base could not be read here"
         else:

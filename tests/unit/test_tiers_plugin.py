@@ -803,6 +803,34 @@ def test_cuda():
 
 
 @pytest.mark.parametrize(
+    ("engine", "accelerator", "ran"),
+    [
+        ("vllm", "cuda", set()),
+        ("sglang", "cuda", {"test_one_s"}),
+        ("vllm", "none", {"test_one_s", "test_any"}),
+    ],
+)
+def test_what_starts_a_server_of_an_engine_needs_a_device_where_its_image_is_made_for_one(
+    tier: Tier, engine: str, accelerator: str, ran: set[str]
+) -> None:
+    body = """
+@pytest.mark.serves("vllm")
+def test_one_s():
+    pass
+
+@pytest.mark.serves
+def test_any():
+    pass
+
+def test_none():
+    pass
+"""
+    run = tier.run(body, f"--engine={engine}", f"--accelerator={accelerator}", "--cpu-part", "--unbudgeted")
+    assert set(run.outcomes) == {"test_none", *ran}
+    assert len(run.document["not_selected"]) == 2 - len(ran)
+
+
+@pytest.mark.parametrize(
     ("engine", "ran", "reasons"),
     [
         ("vllm", {"test_own", "test_all"}, ["what it tests is sglang's"]),

@@ -37,7 +37,7 @@ STAGES = {"setup": "start", "call": "test", "teardown": "stop"}
 MARKERS = (
     "full(reason): runs in the full profile only; why it is not in fast",
     "needs(gpus): fails as missing where there are fewer GPUs, or NPUs in an image that is made for those",
-    "serves: starts the engine's server: needs a GPU or an NPU in an image that is made for one",
+    "serves(*engines): starts the engine's server: needs a GPU or an NPU in an image that is made for one",
     "cuda(reason): why it is not for an image that is made for NPUs",
     "engine(name): what it tests is that engine's, so it is not for the image of another",
     "lacks(engine, reason): that engine does not have what it tests; why",
@@ -413,7 +413,11 @@ def _device(item: pytest.Item) -> Device:
 
 def _devices_for(item: pytest.Item) -> int:
     """How many accelerators a test needs in this image."""
-    serves = item.get_closest_marker("serves") and item.config.getoption("accelerator") != "none"
+    engine, made_for = item.config.getoption("engine"), item.config.getoption("accelerator")
+    # Of the engines that are named, or of any.
+    serves = made_for != "none" and any(
+        not marker.args or engine in (None, *marker.args) for marker in item.iter_markers("serves")
+    )
     numbers: list[int] = [marker.kwargs["gpus"] for marker in item.iter_markers("needs")]
     return max([int(bool(serves)), *numbers])
 
