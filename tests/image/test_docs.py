@@ -292,7 +292,8 @@ def test_what_a_page_says_of_docker_works(page: Path, reader: Reader) -> None:
 def mentioned(page: Path) -> Iterator[str]:
     """The commands of a page: in its blocks and in its text."""
     text = page.read_text()
-    yield from re.findall(r"^\$ (.*)$", text, re.MULTILINE)
+    for command in re.findall(r"^\$ ((?:.*\\\n)*.*)$", text, re.MULTILINE):
+        yield command.replace("\\\n", "")
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     yield from re.findall(r"`((?:drydock|nox|make) [^`\n]+)`", prose)
 
