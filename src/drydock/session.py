@@ -24,7 +24,7 @@ from drydock.errors import CheckFailed, DrydockError
 from drydock.hardware import hardware_here, used_here, variant_here
 from drydock.oci import Built, read_image
 from drydock.project import get_artifacts, open_store, project_root
-from drydock.runtime import CHECKOUT, MANIFEST, RESULTS, Runtime, Task, choose, inside
+from drydock.runtime import CHECKOUT, MANIFEST, RESULTS, Runtime, Task, choose, ending_signals, inside
 from drydock.store import Store
 from drydock.tiers.budgets import session_ceiling
 from drydock.tiers.device import CPU, Device, device_for
@@ -180,22 +180,24 @@ def run_session(root: Path, options: argparse.Namespace) -> None:
     record.clock = time.monotonic()
     record.commit = _commit(root)
     record.device = used_here(CPU if options.cpu_part else place.device, place.machine)
-    try:
-        with _deadline(record.ceiling):
-            _run(folder, place, record)
-    except OutOfTime:
-        record.detail = (
-            f"ended from outside {PATIENCE:.0f} s after its ceiling of {record.ceiling:.0f} s: "
-            "the tier's own watchdog did not end it"
-        )
-    except (KeyboardInterrupt, SystemExit):
-        record.detail = "interrupted"
-        raise
-    finally:
+    # Around all of it, and not just what a runtime runs: a signal between two tiers ends in a report too.
+    with ending_signals():
         try:
-            _report(folder, place, record)
+            with _deadline(record.ceiling):
+                _run(folder, place, record)
+        except OutOfTime:
+            record.detail = (
+                f"ended from outside {PATIENCE:.0f} s after its ceiling of {record.ceiling:.0f} s: "
+                "the tier's own watchdog did not end it"
+            )
+        except (KeyboardInterrupt, SystemExit):
+            record.detail = "interrupted"
+            raise
         finally:
-            place.dismiss()
+            try:
+                _report(folder, place, record)
+            finally:
+                place.dismiss()
     if failures := record.failures():
         raise CheckFailed(f"{record.name} failed: {failures[0]}")
 

@@ -333,6 +333,8 @@ def test_what_was_made_ahead_in_docker_goes_when_the_session_is_ended(session: S
         assert len(mounted(engine, session)) == 2, "one runs the tier, one is for the next"
         process.terminate()
         assert process.wait(60) == 128 + 15
+        # Also where none of its containers ran just then, between the verification and the tier.
+        assert session.report()["detail"].startswith("interrupted")
         assert not mounted(engine, session)
     finally:
         process.kill()
