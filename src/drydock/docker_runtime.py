@@ -43,6 +43,8 @@ SHARED_MEMORY = "2g"
 """Size of /dev/shm: the engine's default of 64 MB is too small for vLLM's and NCCL's buffers."""
 ANY_COMMAND = ("sh",)
 """What a container that stands ready runs: it reads the command that it is told."""
+NOT_SET_UP = "waiting for init preliminary setup"
+"""In runc's words: a container's first process was lost before it ran anything. Seen once, on a busy machine."""
 PING_SECONDS = 10
 GRACE_SECONDS = 10
 """From SIGTERM to SIGKILL when drydock is told to end."""
@@ -382,7 +384,14 @@ class DockerRuntime:
         try:
             container.start()
         except APIError as error:
-            raise _not_started(error) from error
+            if NOT_SET_UP not in _reason(error):
+                raise _not_started(error) from error
+            print(f"drydock: {_not_started(error)}; once more", file=sys.stderr)
+            output = container.attach(stream=True, demux=True)
+            try:
+                container.start()
+            except APIError as again:
+                raise _not_started(again) from again
         return self._copied(container, output)
 
     def _copied(self, container: Container, output: Output) -> int:

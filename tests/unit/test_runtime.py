@@ -31,6 +31,8 @@ from typing import Any
 
 import pytest
 import zstandard
+from docker.errors import APIError
+from docker.models.containers import Container
 
 from drydock import chroot_runtime, oci, runtime, unpack
 from drydock import docker_runtime as docker_runtime_module
@@ -599,6 +601,49 @@ def tls_engine(folder: Path) -> Iterator[int]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_address[1]
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("reasons", "status"),
+    [
+        (["waiting for init preliminary setup: read init-p: connection reset by peer"], 3),
+        (["waiting for init preliminary setup: read init-p: connection reset by peer"] * 2, None),
+        (["exec: no such file or directory"], None),
+    ],
+)
+def test_a_container_that_the_engine_did_not_set_up_is_started_once_more(
+    docker_runtime: Runtime,
+    store: Store,
+    image: Built,
+    task: Callable[..., Task],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reasons: list[str],
+    status: int | None,
+) -> None:
+    docker_runtime.prepare(store, image)
+    capfd.readouterr()
+    real = Container.start
+    left = list(reasons)
+
+    def start(container: Any) -> None:
+        if left:
+            raise APIError("Bad Request", explanation=f"runc create failed: {left.pop(0)}")
+        real(container)
+
+    monkeypatch.setattr(Container, "start", start)
+    command = task("print('whole'); raise SystemExit(3)")
+    if status is None:
+        with pytest.raises(DrydockError, match=reasons[0]):
+            docker_runtime.run(store, image, command)
+    else:
+        assert docker_runtime.run(store, image, command) == status
+        said = capfd.readouterr()
+        assert said.out == "whole\n"
+        assert f"{reasons[0]}; once more" in said.err
+    assert not left
+    assert eventually(lambda: not containers(tmp_path))
 
 
 def test_an_engine_that_makes_nothing_does_not_keep_a_process(
