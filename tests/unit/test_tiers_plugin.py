@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drydock.tiers import PHASES, phase, record
+from drydock.tiers import PHASES, phase, record, stacks
 from drydock.tiers.ledger import Clock
-from drydock.tiers.processes import TOLD, age
+from drydock.tiers.processes import TOLD, age, descendants
 
 pytest_plugins = ["pytester"]
 
@@ -536,17 +538,41 @@ def test_a_hang_while_tests_are_collected(tier: Tier) -> None:
     assert "test_it.py" in (tier.results / "rollout-stacks-1.txt").read_text()
 
 
-def test_a_hang_after_the_last_test(tier: Tier) -> None:
+@pytest.mark.parametrize(("options", "patience"), [((), "0.5"), (("--unbudgeted",), "3")])
+def test_a_hang_after_the_last_test(tier: Tier, options: tuple[str, ...], patience: str) -> None:
     tier.pace(exit=0.5)
     run = tier.run(
         """
 def test_leaves_a_thread():
     threading.Thread(target=time.sleep, args=(60,)).start()
-"""
+""",
+        *options,
     )
     assert run.outcomes == {"test_leaves_a_thread": "passed"}
     assert (run.status, run.document["outcome"]) == (137, "overrun")
-    assert "pytest did not end within 0.5 s of its last test: killed" in run.document["detail"]
+    assert f"pytest did not end within {patience} s of its last test: killed" in run.document["detail"]
+
+
+def test_where_the_signal_for_stacks_cannot_be_sent_the_kernel_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under qemu, which has not all of them; the watchdog goes on."""
+
+    def send(pid: int, number: int) -> None:
+        raise OSError(errno.EINVAL, f"{number} cannot be sent to {pid}")
+
+    monkeypatch.setattr(stacks, "send", send)
+    monkeypatch.setattr(stacks.shutil, "which", lambda *_, **__: None)
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        found = [each for each in descendants(os.getpid()) if each.pid == process.pid]
+        stacks.write_stacks(tmp_path / "stacks.txt", "why", found, process.pid, os.memfd_create("none"))
+    finally:
+        process.kill()
+        process.wait()
+    assert re.search(
+        r"(?s)why.*pid \d+, child of .*sleep 60.*State:\s+S", (tmp_path / "stacks.txt").read_text()
+    )
 
 
 # ---------------------------------------------------------------------------------- underrun
@@ -802,6 +828,25 @@ def test_cuda():
     assert [row["reason"] for row in run.document["not_selected"]] == [reason, f"{reason}; it is CUDA's"]
 
 
+@pytest.mark.parametrize("profile", ["fast", "full"])
+@pytest.mark.parametrize(
+    ("accelerator", "outcomes", "reasons"),
+    [("none", {}, ["it is a kernel"]), ("cuda", {"test_kernel": "missing"}, [])],
+)
+def test_what_is_for_accelerators_is_left_out_in_an_image_that_is_made_for_none(
+    tier: Tier, profile: str, accelerator: str, outcomes: dict[str, str], reasons: list[str]
+) -> None:
+    body = """
+@pytest.mark.accelerated("it is a kernel")
+@pytest.mark.needs(gpus=99)
+def test_kernel():
+    pass
+"""
+    run = tier.run(body, f"--accelerator={accelerator}", f"--profile={profile}", "--unbudgeted")
+    assert run.outcomes == outcomes
+    assert [row["reason"] for row in run.document["not_selected"]] == reasons
+
+
 @pytest.mark.parametrize(
     ("engine", "accelerator", "ran"),
     [
@@ -868,6 +913,7 @@ def test_all():
     ("marker", "message"),
     [
         ("cuda", 'write cuda("why it is not for NPUs")'),
+        ("accelerated", 'write accelerated("why it needs an accelerator")'),
         ("needs(2)", "write needs(gpus=NUMBER)"),
         ("needs(tpus=2)", "write needs(gpus=NUMBER)"),
         ("full", 'write full("why it is not in the fast profile")'),

@@ -31,6 +31,8 @@ STILL_SECONDS = 30.0
 """Between lines that say what is still running."""
 EXIT_SECONDS = 30.0
 """For pytest's process to end after its last test."""
+PATIENCE = 6
+"""Times as long has it where no budget holds: under emulation, beside another such run, 30 s were too few."""
 DETAIL_CHARACTERS = 20_000
 STAGES = {"setup": "start", "call": "test", "teardown": "stop"}
 """pytest's stage -> the phase it is."""
@@ -39,6 +41,7 @@ MARKERS = (
     "needs(gpus): fails as missing where there are fewer GPUs, or NPUs in an image that is made for those",
     "serves(*engines): starts the engine's server: needs a GPU or an NPU in an image that is made for one",
     "cuda(reason): why it is not for an image that is made for NPUs",
+    "accelerated(reason): why it is not for an image that is made for no accelerator",
     "engine(name): what it tests is that engine's, so it is not for the image of another",
     "lacks(engine, reason): that engine does not have what it tests; why",
     "asked(*options): runs only when all of these options of pytest are given",
@@ -142,7 +145,7 @@ def _begin(config: pytest.Config) -> Tier:
             profile_values=profile.document(),
             grace=GRACE_SECONDS,
             still=STILL_SECONDS,
-            exit=EXIT_SECONDS,
+            exit=EXIT_SECONDS * (PATIENCE if options.unbudgeted else 1),
             refusal=refusal and str(refusal),
         )
     except DrydockError as error:
@@ -357,6 +360,9 @@ def _reason(item: pytest.Item) -> str | None:
             reasons.append(why)
     for (why,) in _words(item, "cuda", '"why it is not for NPUs"'):
         if item.config.getoption("accelerator") == "npu":
+            reasons.append(why)
+    for (why,) in _words(item, "accelerated", '"why it needs an accelerator"'):
+        if item.config.getoption("accelerator") == "none":
             reasons.append(why)
     for marker in item.iter_markers("asked"):
         for name in marker.args:

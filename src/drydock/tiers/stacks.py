@@ -58,9 +58,12 @@ def _spied(spy: str, pid: int, seconds: float) -> str:
 
 
 def _own(pytest: int, fault: int) -> str:
-    """What pytest's faulthandler writes; empty where it blocks the signal in every thread."""
+    """What pytest's faulthandler writes; empty where it blocks the signal in every thread, or cannot be sent it."""
     began = os.fstat(fault).st_size
-    send(pytest, DUMP)
+    try:
+        send(pytest, DUMP)
+    except OSError:
+        return ""
     size, deadline = began, time.monotonic() + 1.0
     while time.monotonic() < deadline:
         time.sleep(0.05)
