@@ -189,14 +189,19 @@ def measured_loads(reports: Sequence[Report], period: int) -> np.ndarray:
     Enough is a twentieth of what the busiest map had: the first requests to a server, or the few after the last
     move, say nothing about balance.
     """
+    return slot_loads_by_rank(np.array([slots[period] for _, slots in _periods(reports)]), len(reports))
+
+
+def _periods(reports: Sequence[Report]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """By layer: the maps it had that had enough of a load, [periods, slots], and the load, [periods, slots]."""
     layers = []
     for periods in zip(*(report["periods"] for report in reports), strict=True):
         by_map = np.array([[each["load"] for each in rank] for rank in periods]).sum(0)
         tokens = by_map.sum(-1)
         enough = tokens >= max(1, tokens.max() / 20)
         require(enough.any(), "a load was recorded", "no slot processed a token")
-        layers.append(by_map[enough][period])
-    return slot_loads_by_rank(np.array(layers), len(reports))
+        layers.append((np.array([each["phy2log"] for each in periods[0]])[enough], by_map[enough]))
+    return layers
 
 
 def check_served(
@@ -234,6 +239,48 @@ def check_better(before: np.ndarray, after: np.ndarray, gain: float) -> None:
     was, now = (float(balance(each).mean()) for each in (before, after))
     require(
         now >= was + gain, "balance over ranks is better after than before", f"{was:.3f} became {now:.3f}"
+    )
+
+
+def check_planned(ranks: Sequence[Mapping[str, Any]], window: int) -> None:
+    """Every plan was made for what the routers chose in the steps of the window before it, summed over the ranks.
+
+    Parameters:
+        ranks: of each rank `planned`, `planned_after` and `chosen`, as `ranks.serve` returns them.
+    """
+    chosen = np.array(ranks[0]["chosen"])
+    for number, rank in enumerate(ranks):
+        require(
+            rank["planned"], "the load is that of the window, over all ranks", f"rank {number} made no plan"
+        )
+        for last, load in zip(rank["planned_after"], rank["planned"], strict=False):
+            wanted = chosen[max(0, last - window) : last].sum(0)
+            require(
+                np.array_equal(load, wanted),
+                "the load is that of the window, over all ranks",
+                f"rank {number}, step {last}: {np.sum(load, -1).tolist()} tokens, not {wanted.sum(-1).tolist()}",
+            )
+
+
+def below_the_best(reports: Sequence[Report], planner: Planner) -> list[float]:
+    """By layer: how far the balance under the last map with a load is below that of a plan made for this very load."""
+    ranks = len(reports)
+    experts = len(reports[0]["logcnt"][0])
+    below = []
+    for maps, loads in _periods(reports):
+        row, slots = maps[-1], loads[-1]
+        load = np.bincount(row, slots, minlength=experts).astype(np.int64)[None]
+        shape = Shape(experts=experts, slots=len(row), groups=1, nodes=1, ranks=ranks)
+        best = balance(rank_loads(load, planner.plan(load, shape).phy2log, ranks))
+        below.append(float((best - balance(slot_loads_by_rank(slots[None], ranks)))[0]))
+    return below
+
+
+def check_even(reports: Sequence[Report], planner: Planner, most: float) -> None:
+    """In no layer is the balance more than `most` below the best."""
+    below = below_the_best(reports, planner)
+    require(
+        max(below) <= most, "balance is what the load allows", f"below the best by {below}, layer by layer"
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -173,6 +173,8 @@ class Layer:
         self.activation = experts.act_fn
         self.eplb_state = EplbLayerState()
         self.wrong_replica = wrong_replica
+        self.experts = len(set(held))
+        self.chosen: list[int] = []
         experts.forward = self.forward
 
     def get_expert_weights(self) -> list[torch.Tensor]:
@@ -187,8 +189,11 @@ class Layer:
         if self.wrong_replica:
             first = state.logical_to_physical_map[chosen, 0]
             physical = torch.where(physical == first, physical, (physical + 1) % self.slots)
+        self.chosen = torch.bincount(chosen.flatten(), minlength=self.experts).tolist()
         if state.should_record_tensor:
-            state.expert_load_view += torch.bincount(physical[physical >= 0], minlength=self.slots)
+            # Of the tokens that would have come to this rank, as with data parallelism.
+            own = physical[_rank() :: parallel_state.get_ep_group().world_size]
+            state.expert_load_view += torch.bincount(own[own >= 0], minlength=self.slots)
         output = torch.zeros_like(hidden)
         for slot, (gate_up, down) in enumerate(zip(*self.weights, strict=True)):
             tokens, place = torch.where(physical == self.first + slot)
@@ -289,6 +294,30 @@ class _IgnoresTheLoad:
         return old.clone()
 
 
+class _Planned:
+    """A policy that keeps the load that the one it stands before is given; its fault is in what it then gives that."""
+
+    def __init__(self, policy: Any, fault: str | None) -> None:
+        self.loads: list[list[list[int]]] = []
+        self._policy = policy
+        self._for_ever = fault == "plans for the first load for ever"
+        self._first: torch.Tensor | None = None
+
+    def rebalance_experts(self, load: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        self.loads.append(load.tolist())
+        if self._first is None or not self._for_ever:
+            self._first = load.clone()
+        new: torch.Tensor = self._policy.rebalance_experts(self._first, *arguments)
+        return new
+
+
+def _takes_one_rank_s_load(loads: list[torch.Tensor]) -> list[torch.Tensor]:
+    """In place of the sum over ranks: all get the same, so nothing hangs and no map differs."""
+    for load in loads:
+        torch.distributed.broadcast(load, 0, group=parallel_state.get_ep_group().device_group)
+    return loads
+
+
 def _commits_no_counts(real: Callable[..., None]) -> Callable[..., None]:
     def commit(of_model: Any, *arguments: Any, **options: Any) -> None:
         kept = of_model.logical_replica_count.clone()
@@ -324,9 +353,10 @@ COMMIT_FAULTS: dict[str, Callable[[Callable[..., None]], Callable[..., None]]] =
 
 def serve(
     folder: str,
-    traffic: tuple[torch.Tensor, torch.Tensor],
+    traffic: Sequence[tuple[torch.Tensor, torch.Tensor]],
     asked: tuple[torch.Tensor, torch.Tensor],
     *,
+    change: int,
     steps: int,
     redundant: int,
     batch: int,
@@ -337,12 +367,15 @@ def serve(
     """Put traffic through the shared MoE, a step of EPLB after each batch, then ask the questions that count.
 
     Parameters:
-        traffic, asked: ids and each row's last position.
+        traffic: ids and each row's last position, up to step `change` and from there on.
+        asked: the same, of the questions.
         options: of vLLM's EPLBConfig.
         swap: layer, expert and others, for the fault "swaps experts' weights".
 
     Returns:
-        the watch's `report`, the `answers` to `asked`, `initial` digests and seconds a step took.
+        the watch's `report`, the `answers` to `asked`, `initial` digests and seconds a step took; `chosen`, what the
+        routers chose in each step, [steps][layers][experts]; `planned`, the load of each plan, [layers][experts], and
+        `planned_after`, the step it came after.
     """
     commit = eplb_state._commit_eplb_maps
     if fault in COMMIT_FAULTS:
@@ -352,19 +385,32 @@ def serve(
         worker = Worker(moe, **options)
         watch, state = worker._eplb_watch, worker.state
         initial = watch.report(_rank())
+        chosen: list[list[list[int]]] = []
         if fault == "ignores the load":
             state.policy = _IgnoresTheLoad
+        if fault == "takes one rank's load for all":
+            state._allreduce_list = _takes_one_rank_s_load
+        state.policy = planned = _Planned(state.policy, fault)
+        planned_after = []
+        rearrange = state.rearrange
+
+        def noted(*arguments: Any, **more: Any) -> Any:
+            planned_after.append(len(chosen))
+            return rearrange(*arguments, **more)
+
+        state.rearrange = noted
         if fault == "never rearranges":
             state.expert_rearrangement_step = -steps
         if fault == "the asynchronous thread dies":
             worker.eplb_end_async()
         state.start_async_loop()
         seconds = []
-        ids, ends = traffic
         for step in range(steps):
+            ids, ends = traffic[step >= change]
             rows = torch.arange(step * batch, (step + 1) * batch) % len(ids)
             began = time.perf_counter()
             moe.first_tokens(ids[rows], ends[rows])
+            chosen.append([layer.chosen for layer in moe.moe_layers])
             state.step()
             seconds.append(time.perf_counter() - began)
         # A move still under way would meet the next job's: both use the one EPLB group. A dead thread's never ends.
@@ -376,7 +422,10 @@ def serve(
             state.expert_rearrangement_step += 1
         report = watch.report(_rank())
         watch.close()
-    return {"report": report, "initial": initial, "answers": moe.first_tokens(*asked), "seconds": seconds}
+    return {
+        "report": report, "initial": initial, "answers": moe.first_tokens(*asked), "seconds": seconds,
+        "chosen": chosen, "planned": planned.loads, "planned_after": planned_after,
+    }  # fmt: skip
 
 
 def logged_balancedness(folder: str) -> list[str]:

@@ -22,7 +22,7 @@ from checks import (
     measured_loads,
 )
 from traffic import check_stall, complete_all, reports, rpc, settled, stream
-from trained_moe import TrainedMoe, most_lopsided_letter, problems, skewed_problems
+from trained_moe import TrainedMoe, most_lopsided_letters, problems, skewed_problems
 
 from drydock.server import VLLM, Server
 
@@ -32,6 +32,7 @@ Profile = Mapping[str, Any]
 RANKS = 2
 
 pytestmark = [
+    pytest.mark.engine("vllm"),
     pytest.mark.full("vLLM has EPLB on CUDA and ROCm only; test_served_moe runs its parts on a CPU"),
     pytest.mark.cuda("vLLM has EPLB on CUDA and ROCm only"),
     pytest.mark.needs(gpus=RANKS),
@@ -134,7 +135,7 @@ def test_rearranging_evens_the_load_and_keeps_the_answers(
     mode: str, redundant: int, moe: TrainedMoe, plain: tuple[list[str], list[float]],
     results: Path, tmp_path: Path, profile: Profile, record: Record,
 ) -> None:  # fmt: skip
-    letter = most_lopsided_letter(moe, RANKS, redundant)
+    letter = most_lopsided_letters(moe, RANKS, redundant)[0]
     skewed = [each.prompt for each in skewed_problems(profile["requests_in_a_wave"], 32, letter)]
     log = results / f"eplb-{mode}-{redundant}.log"
     with Server(
@@ -205,7 +206,7 @@ def test_an_asynchronous_thread_that_dies_is_seen(
     moe: TrainedMoe, results: Path, tmp_path: Path, profile: Profile, record: Record
 ) -> None:
     """vllm#57883: the server goes on answering, `/health` with it, and never rearranges again."""
-    letter = most_lopsided_letter(moe, RANKS, 4)
+    letter = most_lopsided_letters(moe, RANKS, 4)[0]
     skewed = [each.prompt for each in skewed_problems(profile["requests_in_a_wave"], 33, letter)]
     with Server(
         VLLM, moe.folder, eplb_flags("async", 4, profile),

@@ -9,7 +9,7 @@ import torch
 from checks import caught_by
 from replica_choice import check_choice, choose_replicas
 
-EXPERTS, SLOTS, TOKENS, PER_TOKEN = 16, 24, 4096, 2
+EXPERTS, SLOTS, TOKENS, PER_TOKEN = 16, 24, 4097, 2
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -68,24 +68,35 @@ def test_a_load_that_is_not_counted_is_caught() -> None:
     assert caught_by(lambda: check_choice(chosen, physical, phy2log, short)) == "the load is counted"
 
 
-@pytest.mark.full("the choice is a kernel that needs a GPU; on a CPU vLLM leaves the experts as they are")
+@pytest.mark.engine("vllm")
+@pytest.mark.accelerated(
+    "the choice is a kernel that needs a GPU; on a CPU vLLM leaves the experts as they are"
+)
 @pytest.mark.cuda("vLLM has this kernel for CUDA and ROCm only")
 @pytest.mark.needs(gpus=1)
 def test_the_kernel_chooses_and_counts_as_it_says() -> None:
     from vllm.model_executor.layers.fused_moe.router.base_router import eplb_map_to_physical_and_record
 
     phy2log, log2phy, logcnt, chosen = (each.to("cuda") for each in batch())
-    for recorded in (True, False):
-        load = torch.zeros(SLOTS, dtype=torch.int32, device="cuda")
-        physical = eplb_map_to_physical_and_record(
-            topk_ids=chosen.to(torch.int32),
-            expert_load_view=load,
-            logical_to_physical_map=log2phy,
-            logical_replica_count=logcnt,
-            record_enabled=torch.tensor(recorded, device="cuda"),
-        ).long()
-        assert torch.equal(physical, choose_replicas(chosen, log2phy, logcnt))
-        if recorded:
-            check_choice(chosen, physical, phy2log, load)
-        else:
-            assert not load.any(), "counted in a step that is not recorded"
+    # As in a batch that is padded: no expert is chosen there, and none is counted.
+    padded = chosen.clone()
+    padded[TOKENS // 2 :: 3] = -1
+    for ids in (chosen, padded):
+        expected = torch.where(ids < 0, ids, choose_replicas(ids.clamp(min=0), log2phy, logcnt))
+        for recorded in (True, False):
+            # What other steps counted stays.
+            before = torch.arange(SLOTS, dtype=torch.int32, device="cuda")
+            load = before.clone()
+            physical = eplb_map_to_physical_and_record(
+                topk_ids=ids.to(torch.int32),
+                expert_load_view=load,
+                logical_to_physical_map=log2phy,
+                logical_replica_count=logcnt,
+                record_enabled=torch.tensor(recorded, device="cuda"),
+            ).long()
+            assert torch.equal(physical, expected)
+            real = ids[:, 0] >= 0
+            if recorded:
+                check_choice(ids[real], physical[real], phy2log, load - before)
+            else:
+                assert torch.equal(load, before), "counted in a step that is not recorded"

@@ -11,15 +11,19 @@ import pytest
 from balance import balance
 from checks import (
     Report,
+    below_the_best,
     caught_by,
     check_answers,
     check_better,
+    check_even,
+    check_planned,
     check_served,
     expert_digests,
     measured_loads,
 )
 from fleet import Fleet
-from trained_moe import TrainedMoe, most_lopsided_letter, problems, skewed_problems
+from reference_planner import ReferencePlanner
+from trained_moe import TrainedMoe, most_lopsided_letters, problems, skewed_problems
 
 Record = Callable[[str, Any], None]
 Profile = Mapping[str, Any]
@@ -34,8 +38,12 @@ class Served:
         self, fleet: Fleet, moe: TrainedMoe, profile: Profile, *,
         redundant: int, mode: str, fault: str | None = None,
     ) -> None:  # fmt: skip
-        letter = most_lopsided_letter(moe, fleet.ranks, redundant)
-        traffic = [each.prompt for each in skewed_problems(profile["requests_in_a_wave"], 3, letter)]
+        # Other traffic as soon as the first plan is made: one that is still for what was before it helps no more.
+        letters = most_lopsided_letters(moe, fleet.ranks, redundant)[:2]
+        traffic = [
+            moe.encode([each.prompt for each in skewed_problems(profile["requests_in_a_wave"], 3, letter)])
+            for letter in letters
+        ]
         self.asked = problems(200, 11, held_out=True)
         self.wanted = [moe.vocabulary[each.answer] for each in self.asked]
         questions = moe.encode([each.prompt for each in self.asked])
@@ -50,10 +58,11 @@ class Served:
         if fault == "commits another map on a rank":
             steps = interval
         ranks = fleet.run(
-            "serve", str(moe.folder), moe.encode(traffic), questions,
-            steps=steps, redundant=redundant, batch=BATCH, options=options,
+            "serve", str(moe.folder), traffic, questions, change=interval // 4, steps=steps,
+            redundant=redundant, batch=BATCH, options=options,
             swap=(swap.layer, swap.expert, swap.others), fault=fault, timeout=profile["traffic_seconds"],
         )  # fmt: skip
+        self.ranks = ranks
         self.reports: list[Report] = [each["report"] for each in ranks]
         self.experts = expert_digests([each["initial"] for each in ranks])
         self.answers: Sequence[int] = ranks[0]["answers"]
@@ -68,6 +77,8 @@ class Served:
         check_answers(self.answers, self.plain, profile["equal_answers"], "answers are those without EPLB")
         check_answers(self.answers, self.wanted, profile["accuracy"], "accuracy is kept")
         check_better(*self.loads(), profile["balance_gain"])
+        check_planned(self.ranks, profile["window_size"])
+        check_even(self.reports, ReferencePlanner(), profile["below_the_best"])
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
@@ -88,6 +99,7 @@ def test_traffic_is_rebalanced_and_the_answers_stay(
         },
     )
     record("rearrangements", served.reports[0]["completed"])
+    record("below the best, by layer", below_the_best(served.reports, ReferencePlanner()))
     record(
         "series",
         {
@@ -112,6 +124,9 @@ FAULTS = {
     # With 4 redundant it would cost few answers (0.96 were left): the experts that get replicas process letters.
     ("takes a wrong replica", 16, "sync"): "answers are those without EPLB",
     ("ignores the load", 4, "sync"): "balance over ranks is better after than before",
+    ("takes one rank's load for all", 4, "sync"): "the load is that of the window, over all ranks",
+    ("takes one rank's load for all", 4, "async"): "the load is that of the window, over all ranks",
+    ("plans for the first load for ever", 4, "sync"): "balance over ranks is better after than before",
     # The same fault with nothing redundant harms nothing: why no row of this tier stands on 0 alone.
     ("takes a wrong replica", 0, "sync"): None,
 }
@@ -131,6 +146,17 @@ def test_a_fault_in_serving_is_caught(
     caught = caught_by(lambda: served.check(profile))
     record("caught by", caught)
     assert caught == FAULTS[fault, redundant, mode]
+
+
+def test_a_plan_for_other_traffic_is_not_what_the_load_allows(
+    fleet: Fleet, moe: TrainedMoe, profile: Profile, record: Record
+) -> None:
+    """Whatever came before: with other traffic at first, its balance could be better than that was."""
+    served = Served(fleet, moe, profile, redundant=4, mode="sync", fault="plans for the first load for ever")
+    record("below the best, by layer", below_the_best(served.reports, ReferencePlanner()))
+    most = profile["below_the_best"]
+    caught = caught_by(lambda: check_even(served.reports, ReferencePlanner(), most))
+    assert caught == "balance is what the load allows"
 
 
 def test_the_answers_alone_show_swapped_weights(fleet: Fleet, moe: TrainedMoe, profile: Profile) -> None:

@@ -189,8 +189,8 @@ def train(folder: Path, *, steps: int, experts: int = 16, seed: int = 0) -> Trai
     return TrainedMoe(model=model, folder=folder, vocabulary=vocabulary, seconds=time.monotonic() - began)
 
 
-def most_lopsided_letter(moe: TrainedMoe, ranks: int, redundant: int) -> str:
-    """The letter whose prompts load the ranks least evenly under the map that vLLM starts with."""
+def most_lopsided_letters(moe: TrainedMoe, ranks: int, redundant: int) -> list[str]:
+    """The letters, first the one whose prompts load the ranks least evenly under the map that vLLM starts with."""
     experts = moe.model.config.num_experts
     initial = [*range(experts), *(each % experts for each in range(redundant))]
 
@@ -198,4 +198,4 @@ def most_lopsided_letter(moe: TrainedMoe, ranks: int, redundant: int) -> str:
         load = moe.expert_load([each.prompt for each in skewed_problems(16, 0, letter)])
         return float(balance(rank_loads(load, np.array([initial] * len(load)), ranks)).mean())
 
-    return min(LETTERS, key=evenness)
+    return sorted(LETTERS, key=evenness)
