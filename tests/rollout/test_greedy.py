@@ -46,6 +46,10 @@ def test_many_at_once(server: Server, reference: Reference, profile: Mapping[str
     together = [answer.result()[0] for answer in answers]
     steps = words.steps(server) - before
 
+    # A step makes a token of each sequence in the batch, of some the first together with the prompt.
+    assert steps >= count * (new_tokens - 1) / profile["max_num_seqs"], (
+        "more were computed at once than was asked for"
+    )
     # One that cannot be held until all have come has begun with the first by then.
     assert steps < count * new_tokens / (2 if words.freezes else 1), "they were not computed together"
     assert [found.prompt for found in together] == prompts

@@ -35,9 +35,11 @@ def train(
         checkpoint: its folder.
         load: what of the checkpoint to load before the first step.
     """
-    random.seed(1)
-    np.random.seed(2)
-    torch.manual_seed(3)
+    # Each rank its own, as with data of its own: its generators must come back to it and not to another.
+    rank = torch.distributed.get_rank()
+    random.seed(10 * rank + 1)
+    np.random.seed(10 * rank + 2)
+    torch.manual_seed(10 * rank + 3)
     model = Qwen3ForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attention_dropout=0.1)
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     for layer in model.model.layers:

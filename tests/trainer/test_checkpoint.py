@@ -72,3 +72,11 @@ def test_what_is_lost_from_the_extra_state_is_seen(runs: Runs, missing: str, tmp
         torch.save({**extra, "lr_scheduler": None} if missing == "lr_scheduler" else
                    {name: value for name, value in extra.items() if name != missing}, path)  # fmt: skip
     assert not equal(runs.resumed(damaged), runs.through)
+
+
+def test_another_rank_s_generators_are_seen(runs: Runs, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(runs.checkpoint, tmp_path / "damaged"))
+    first, second = sorted(damaged.glob("extra_state_*.pt"))
+    assert first.read_bytes() != second.read_bytes()
+    shutil.copy(first, second)
+    assert not equal(runs.resumed(damaged), runs.through)

@@ -51,5 +51,5 @@ def test_a_rank_that_dies_is_named_with_its_status() -> None:
 def test_a_rank_that_hangs_is_ended_and_its_stack_is_told() -> None:
     began = time.monotonic()
     with pytest.raises(RankError, match=r"(?s)rank 1 of 2 was killed.*in hang_on_one"):
-        run_ranks(hang_on_one, 2, deadline=3)
-    assert time.monotonic() - began < 13
+        run_ranks(hang_on_one, 2, deadline=6)
+    assert time.monotonic() - began < 16
