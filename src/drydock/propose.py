@@ -49,8 +49,8 @@ def read_runs(paths: Iterable[Path]) -> list[Document]:
     """The session documents at these paths: each a report.json, or a folder with such files anywhere in it.
 
     Raises:
-        DrydockError: there is none, they are too few, one did not pass or ran only a part of a tier, or they
-            are of different images, profiles or tiers.
+        DrydockError: there is none, they are too few, one did not pass, ran only a part of a tier, under emulation
+            or in what differs from the lock, or they are of different images, profiles or tiers.
     """
     files: dict[Path, None] = {}
     for path in paths:
@@ -86,6 +86,8 @@ def _read_run(file: Path) -> Document:
         raise DrydockError(f"{file}: {image} {profile} did not pass ({detail}): only runs that pass measure")
     if emulated := run["device"].get("emulated"):
         raise DrydockError(f"{file}: {emulated} was emulated there: measure where {image} runs itself")
+    if (run["verification"] or {}).get("verdict") == "drift":
+        raise DrydockError(f"{file}: what ran there was not what {image} is locked to be: measure that")
     for tier in tiers:
         if not (tier["complete"] and tier["whole"]):
             raise DrydockError(f"{file}: only a part of the {tier['tier']} tier ran: measure whole tiers")
@@ -148,7 +150,7 @@ class Table:
 
     Parameters:
         text: TOML with comments.
-        notes: what was kept against the measurement.
+        notes: what was kept against the measurement, and what is gone.
     """
 
     image: str
@@ -238,6 +240,11 @@ def _write_tier(writer: _Writer, header: str, tiers: Sequence[Document], current
             took.setdefault(test["id"].removeprefix(f"tests/{tier['tier']}/"), []).append(test["phases"])
     total = statistics.median([sum(tier["phases"].values()) for tier in tiers]) if tiers else 0.0
     # A test that is gone takes its entry along: the plugin would fail for it.
+    writer.notes += [
+        f"{header}.tests.{_key(test)}: no run has that test, and the table no entry for it any more"
+        for test in current.tests
+        if tiers and test not in took
+    ]
     for test in took if tiers else current.tests:
         limits = current.tests.get(test, {})
         series = {

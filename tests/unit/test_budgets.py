@@ -226,6 +226,7 @@ def report(number: int = 0, **changes: Any) -> dict[str, Any]:
         "began": f"2026-11-2{number}T10:00:00Z", "outcome": "passed", "detail": None, "seconds": 200.0 * slower,
         "steps": [{"name": "image", "seconds": 90.0}, {"name": "runtime", "seconds": 10.0}],
         "device": {"kind": "cpu", "cpu": "A CPU", "cores": 2}, "not_run": [],
+        "verification": {"verdict": "ok"},
         "tiers": [
             tier("rollout", ("test_a.py::test_long[x y]", phases(20.0, 0.0, 30.0)),
                  ("test_a.py::test_short", phases(0.01, 0.0, 0.5))),
@@ -308,6 +309,8 @@ test = { ceiling = 33 }
     assert table.notes == (
         "cpu-vllm.fast.rollout.phases.start: keeps its floor of 25 s, the runs took 20.0 to 20.4 s",
         "cpu-vllm.fast.rollout.phases.test: keeps its ceiling of 20 s, the runs took 30.5 to 31.1 s",
+        'cpu-vllm.fast.rollout.tests."test_a.py::test_gone": no run has that test, and the table no entry for it '
+        "any more",
     )
 
     loosened = propose(runs, current, "the model grew")
@@ -316,7 +319,7 @@ test = { ceiling = 33 }
     assert made["session"] == {"ceiling": 155}
     assert made["rollout"]["phases"]["start"] == {"floor": 6, "ceiling": 31}
     assert made["rollout"]["phases"]["test"] == {"floor": 9.1, "ceiling": 47}
-    assert loosened.notes == ()
+    assert loosened.notes == table.notes[2:]
     # The reason stays as long as the table does.
     current.write_text(splice(current.read_text(), loosened))
     assert "# loosened on 2026-11-22: the model grew\n" in propose(runs, current, None).text
@@ -378,6 +381,10 @@ def test_a_session_of_some_tiers_says_nothing_about_the_whole(tmp_path: Path) ->
         (
             [report(), report(1), report(2, device={"cpu": "A CPU", "cores": 2, "emulated": "aarch64"})],
             "aarch64 was emulated there: measure where cpu-vllm runs itself",
+        ),
+        (
+            [report(), report(1), report(2, verification={"verdict": "drift"})],
+            "what ran there was not what cpu-vllm is locked to be: measure that",
         ),
         (
             [report(), report(1), report(2, image={"name": "h100-vllm"})],
