@@ -10,11 +10,11 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
@@ -60,6 +60,7 @@ def engine_facts() -> tuple[str, bool]:
 
 
 Output = Iterable[tuple[bytes | None, bytes | None]]
+Attached = TypeVar("Attached")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,9 +276,7 @@ class DockerRuntime:
         with contextlib.suppress(DrydockError, DockerException, OSError):
             container = self._create(built, surroundings, told=True)
             try:
-                output = container.attach(stream=True, demux=True)
-                line = self._client.api.attach_socket(str(container.id), {"stdin": 1, "stream": 1})
-                container.start()
+                output, line = _started(container, lambda: self._line_to(container))
             except BaseException:
                 _remove(container)
                 raise
@@ -289,6 +288,10 @@ class DockerRuntime:
                 line=line,
             )
         return None
+
+    def _line_to(self, container: Container) -> tuple[Output, Any]:
+        output = container.attach(stream=True, demux=True)
+        return output, self._client.api.attach_socket(str(container.id), {"stdin": 1, "stream": 1})
 
     def dismiss(self) -> None:
         """Remove what was made ahead and is not used.
@@ -379,19 +382,7 @@ class DockerRuntime:
             ) from error
 
     def _stream(self, container: Container) -> int:
-        # Attached before it starts, so that nothing of its output is lost.
-        output = container.attach(stream=True, demux=True)
-        try:
-            container.start()
-        except APIError as error:
-            if NOT_SET_UP not in _reason(error):
-                raise _not_started(error) from error
-            print(f"drydock: {_not_started(error)}; once more", file=sys.stderr)
-            output = container.attach(stream=True, demux=True)
-            try:
-                container.start()
-            except APIError as again:
-                raise _not_started(again) from again
+        output = _started(container, lambda: container.attach(stream=True, demux=True))
         return self._copied(container, output)
 
     def _copied(self, container: Container, output: Output) -> int:
@@ -499,6 +490,25 @@ def _archive(store: Store, built: Built, progress: Progress) -> Iterator[Iterato
             raise DrydockError(
                 f"{built.name} cannot be read from {store.root} ({failed[0]}): run `drydock build` again"
             )
+
+
+def _started(container: Container, attach: Callable[[], Attached], again: bool = False) -> Attached:
+    """Attach to a container and start it, in this order, so that nothing of its output is lost.
+
+    Once more where the engine lost its first process before that ran anything.
+
+    Raises:
+        DrydockError: it does not start.
+    """
+    attached = attach()
+    try:
+        container.start()
+    except APIError as error:
+        if again or NOT_SET_UP not in _reason(error):
+            raise _not_started(error) from error
+        print(f"drydock: {_not_started(error)}; once more", file=sys.stderr)
+        return _started(container, attach, again=True)
+    return attached
 
 
 def _not_started(error: APIError) -> DrydockError:

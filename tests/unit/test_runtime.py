@@ -603,6 +603,7 @@ def tls_engine(folder: Path) -> Iterator[int]:
         server.shutdown()
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(
     ("reasons", "status"),
     [
@@ -621,6 +622,7 @@ def test_a_container_that_the_engine_did_not_set_up_is_started_once_more(
     monkeypatch: pytest.MonkeyPatch,
     reasons: list[str],
     status: int | None,
+    ahead: bool,
 ) -> None:
     docker_runtime.prepare(store, image)
     capfd.readouterr()
@@ -634,6 +636,11 @@ def test_a_container_that_the_engine_did_not_set_up_is_started_once_more(
 
     monkeypatch.setattr(Container, "start", start)
     command = task("print('whole'); raise SystemExit(3)")
+    if ahead:
+        docker_runtime.ahead(image, task(""))
+        made = status is not None
+        assert eventually(lambda: not left and list(containers(tmp_path).values()) == ["running"] * made)
+        left += reasons if not made else []
     if status is None:
         with pytest.raises(DrydockError, match=reasons[0]):
             docker_runtime.run(store, image, command)
