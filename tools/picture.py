@@ -1,6 +1,6 @@
 """The first screen of a run's report as a picture: `python tools/picture.py DOCUMENT PICTURE`.
 
-    .venv/bin/python tools/picture.py docs/runs/2026-11-23-cpu.json docs/report.png
+    .venv/bin/python tools/picture.py docs/runs/2026-11-24-cpu.json docs/report.png
 
 DOCUMENT is a session's `report.json`. The page is made anew from it, and photographed by the machine's Chromium
 (Debian: apt-get install chromium) without a network. Runs in drydock's environment.
