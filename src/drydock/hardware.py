@@ -12,7 +12,7 @@ from typing import Any
 
 from drydock import npu_smi
 from drydock.definition import MACHINES, Definition, Image, VendorBase, image_names
-from drydock.tiers.device import CPU, CUDA, NPU, Device, device_here
+from drydock.tiers.device import CPU, CUDA, NPU, Device, device_here, is_named
 
 
 def hardware_here(root: Path) -> str:
@@ -52,7 +52,7 @@ def definition_for(root: Path, device: Device) -> Definition | None:
 
 
 def used_here(device: Device, machine: str = "") -> dict[str, Any]:
-    """What tests ran on: the CPU's model, cores and bytes of memory, and the accelerators of a kind that were used.
+    """What tests ran on: the CPU's model, cores and bytes of memory, and the accelerators they could use.
 
     Parameters:
         machine: what the image's programs are made for (`x86_64`, `aarch64`): named where this machine emulates it.
@@ -79,13 +79,20 @@ def _npus() -> list[dict[str, Any]]:
         seen = npu_smi.look()
     except npu_smi.NpuSmiError:
         return []
+    named = os.environ.get(NPU.visible)
     return [
-        {"name": npu.name, "memory_bytes": npu.total_mib << 20, "driver": seen.driver} for npu in seen.npus
+        {"name": npu.name, "memory_bytes": npu.total_mib << 20, "driver": seen.driver}
+        for npu in seen.npus
+        if named is None or str(npu.number) in map(str.strip, named.split(","))
     ]
 
 
 def _gpus() -> list[dict[str, Any]]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=index,uuid,name,memory.total,driver_version",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
@@ -93,5 +100,6 @@ def _gpus() -> list[dict[str, Any]]:
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
     return [
         {"name": name, "memory_bytes": int(mebibytes) << 20, "driver": driver}
-        for name, mebibytes, driver in rows
+        for index, uuid, name, mebibytes, driver in rows
+        if is_named(index, uuid, os.environ.get(CUDA.visible))
     ]

@@ -16,6 +16,7 @@ from drydock.errors import DrydockError
 from drydock.namespaces import USER_ID
 from drydock.oci import Built
 from drydock.store import Store, disk_errors
+from drydock.tiers.device import chosen
 
 Choice = Literal["auto", "docker", "chroot"]
 User = Literal["root", "drydock"]
@@ -40,7 +41,8 @@ class Task:
         checkout: folder seen read-only at `/drydock`.
         results: folder seen read-write at `/results`, made when missing.
         inputs: path in the image -> file or folder of the host's, seen there read-only.
-        environment: added to the image's own; nothing of the host's goes in but TERM.
+        environment: added to the image's own; nothing of the host's goes in but TERM and, with an accelerator, which of
+            them may be used (CUDA_VISIBLE_DEVICES, ASCEND_RT_VISIBLE_DEVICES).
         user: `root`, or the image's ordinary user `drydock` (uid and gid 1000).
         interactive: standard input goes to the command, as a terminal when it is one.
         accelerator: `cuda` for all of the host's NVIDIA GPUs, `npu` for all of its Ascend NPUs, each with what their
@@ -65,6 +67,7 @@ class Task:
             "HOME": "/root" if self.user == "root" else f"/home/{self.user}",
             "TERM": os.environ.get("TERM", "dumb"),
             **built.environment,
+            **chosen(self.accelerator, os.environ),
             **self.environment,
         }
 

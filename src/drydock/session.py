@@ -333,9 +333,10 @@ def _report(folder: Path, place: Place, record: Record) -> None:
     # Once more, with the report's own time in it; only the JSON, since the page takes most of it.
     document = record.document(place)
     (folder / "report.json").write_text(json.dumps(document, indent=1) + "\n")
-    latest = folder.parent / "latest"
-    latest.unlink(missing_ok=True)
-    latest.symlink_to(folder.name)
+    # In one step: another session may do the same now, on other devices of this machine.
+    link = folder / ".latest"
+    link.symlink_to(folder.name)
+    link.replace(folder.parent / "latest")
     summary(document, folder)
 
 
@@ -481,9 +482,10 @@ def _surroundings(
 def _need_device(image: Image, options: argparse.Namespace) -> Device:
     """What the image is made for, of which there is to be one here."""
     device = device_for(image.definition.accelerator.kind)
-    if device is not CPU and not options.cpu_part and not device.here():
+    if device is not CPU and not options.cpu_part and not device.usable():
         raise DrydockError(
-            f"{image.name} needs an {device.maker} {device.word} and this machine shows none: run it where there "
+            f"{image.name} needs an {device.maker} {device.word} and "
+            f"{f'{device.visible} leaves' if device.here() else 'this machine shows'} none: run it where there "
             "is one, add --cpu-part for the tests that need none, or name --hardware cpu"
         )
     return device

@@ -135,6 +135,55 @@ def test_what_a_run_had_is_in_its_document(machine: Machine, tmp_path: Path) -> 
     assert (had["kind"], had["gpus"], had["npus"]) == ("cpu", [], [])
 
 
+def test_devices_that_the_environment_hides_are_not_of_the_run(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    an_h100(machine, tmp_path)
+    for named, count in (("0", 1), (nvidia_outputs.UUID, 1), ("GPU-5a1a", 1), ("1", 0), ("", 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        assert len(used_here(CUDA)["gpus"]) == count
+    an_a3(machine, tmp_path)
+    for named, count in (("0", 1), ("0, 1", 2), ("7", 0)):
+        monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", named)
+        assert len(used_here(NPU)["npus"]) == count
+
+
+@pytest.mark.parametrize(
+    ("named", "count"),
+    [("", 0), ("0", 1), ("2,0", 2), (" 1 , 2 ", 2), ("0,3,1", 1), ("0,-1,1", 1), ("GPU-5a1a6a2e,GPU-77", 2)],
+)
+def test_how_many_a_process_may_use(machine: Machine, named: str, count: int) -> None:
+    machine("nvidia0", "nvidia1", "nvidia2", "nvidiactl")
+    assert CUDA.usable({"ASCEND_RT_VISIBLE_DEVICES": "0"}) == 3
+    assert CUDA.usable({"CUDA_VISIBLE_DEVICES": named}) == count
+
+
+def test_a_command_in_an_image_is_kept_to_the_devices_that_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = Built(
+        name="h100-vllm", architecture="amd64", digest="", config_digest="", layers=(), environment={}
+    )
+
+    def seen(accelerator: str, **environment: str) -> dict[str, str]:
+        task = Task(
+            command=("true",),
+            checkout=tmp_path,
+            results=tmp_path,
+            accelerator=accelerator,
+            environment=environment,
+        )
+        return {name: value for name, value in task.variables(built).items() if "DEVICE" in name}
+
+    assert seen("cuda") == seen("npu") == {}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "1")
+    assert seen("cuda") == {"CUDA_VISIBLE_DEVICES": "2,3", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert seen("npu") == {"ASCEND_RT_VISIBLE_DEVICES": "1"}
+    assert seen("none") == {}
+    assert seen("cuda", CUDA_VISIBLE_DEVICES="0")["CUDA_VISIBLE_DEVICES"] == "0"
+
+
 def test_a_machine_that_was_emulated_is_in_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert [used_here(CPU, machine)["emulated"] for machine in ("", "x86_64", "aarch64")] == [

@@ -156,6 +156,9 @@ def test_a_session_for_a_device_that_is_not_here_says_so(
     assert session._need_device(Image.named(REPOSITORY, "cpu"), options()) == device.CPU
     (tmp_path / "davinci0").touch()
     assert session._need_device(ascend, options()) == device.NPU
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "")
+    with pytest.raises(DrydockError, match="needs an Ascend NPU and ASCEND_RT_VISIBLE_DEVICES leaves none"):
+        session._need_device(ascend, options())
 
 
 def test_the_image_is_the_one_for_the_chips_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from drydock import npu_smi
 from drydock.server.errors import ServerError
-from drydock.tiers.device import CUDA, NPU
+from drydock.tiers.device import CUDA, NPU, is_named
 
 TOLERANCE_MIB = 64
 """By how much a device may differ from where it was: contexts of monitoring tools come and go."""
@@ -93,7 +93,7 @@ def _gpus_used(environment: Mapping[str, str]) -> dict[str, int] | None:
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     used = {}
     for index, uuid, memory in rows:
-        if _visible(index, uuid, environment.get(CUDA.visible)):
+        if is_named(index, uuid, environment.get(CUDA.visible)):
             if not memory.isdigit():
                 raise ServerError(f"nvidia-smi does not tell how much memory GPU {index} uses: {memory}")
             used[uuid] = int(memory)
@@ -137,18 +137,6 @@ def _nvidia_smi(query: str) -> subprocess.CompletedProcess[str]:
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise ServerError(f"nvidia-smi {query} did not answer in {NVIDIA_SMI_SECONDS:g} s") from error
-
-
-def _visible(index: str, uuid: str, devices: str | None) -> bool:
-    """Whether CUDA_VISIBLE_DEVICES lets a process use the device.
-
-    Its numbers are nvidia-smi's, since the harness sets CUDA_DEVICE_ORDER=PCI_BUS_ID. A MIG slice does not tell
-    its device, so with one, every device counts.
-    """
-    if devices is None:
-        return True
-    names = [name.strip() for name in devices.split(",")]
-    return any(name == index or (name and uuid.startswith(name)) or name.startswith("MIG-") for name in names)
 
 
 GPUS = Kind(CUDA.word, "nvidia-smi", _gpus_used, _gpus_shown)

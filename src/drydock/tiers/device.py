@@ -7,6 +7,8 @@ library only: torch is imported when a test asks for it.
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +48,24 @@ class Device(NamedTuple):
         """How many the driver shows."""
         return len(self.files())
 
+    def usable(self, environment: Mapping[str, str] | None = None) -> int:
+        """How many of them a process may use.
+
+        Parameters:
+            environment: the process's; this one's by default.
+        """
+        named = (os.environ if environment is None else environment).get(self.visible)
+        here = self.here()
+        if named is None:
+            return here
+        count = 0
+        for name in filter(None, map(str.strip, named.split(","))):
+            # As the driver does: what stands behind the number of none is hidden too.
+            if name.lstrip("-").isdigit() and not 0 <= int(name) < here:
+                break
+            count += 1
+        return count
+
     def at(self, number: int) -> str:
         """torch's name of one of them."""
         return f"{self.kind}:{number}" if self.file else self.kind
@@ -82,6 +102,32 @@ def device_for(accelerator: str) -> Device:
 def device_here() -> Device:
     """What this machine has."""
     return next((device for device in ACCELERATORS if device.here()), CPU)
+
+
+def is_named(index: str, uuid: str, named: str | None) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES lets a process use a GPU.
+
+    Its numbers are nvidia-smi's, where CUDA_DEVICE_ORDER is PCI_BUS_ID. A MIG slice does not tell its device, so with
+    one, every device counts.
+
+    Parameters:
+        index: nvidia-smi's number of the GPU.
+        named: the variable's value; None where it is not set.
+    """
+    if named is None:
+        return True
+    names = [name.strip() for name in named.split(",")]
+    return any(name == index or (name and uuid.startswith(name)) or name.startswith("MIG-") for name in names)
+
+
+def chosen(accelerator: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that keep what runs elsewhere to the devices which an environment names, if it names any."""
+    device = device_for(accelerator)
+    named = environment.get(device.visible)
+    if device is CPU or named is None:
+        return {}
+    # The numbers in CUDA_VISIBLE_DEVICES are then those of nvidia-smi, for all that read them.
+    return {device.visible: named, **({"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if device is CUDA else {})}
 
 
 def hidden() -> dict[str, str]:

@@ -406,7 +406,7 @@ def _whole(config: pytest.Config) -> bool:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before its fixtures: what a test needs is here, or it fails."""
     device = _device(item)
-    needed, here = _devices_for(item), device.here()
+    needed, here = _devices_for(item), device.usable()
     if here < needed:
         raise Missing(f"needs {needed} {device.word}s, {here} are here", pytrace=False)
 
