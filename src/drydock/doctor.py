@@ -135,6 +135,12 @@ def _gpu(root: Path) -> Finding:
             what="NVIDIA GPUs", state="missing", detail="none that the driver shows",
             advice="--hardware cpu runs here; --cpu-part runs what needs no GPU in an image for one",
         )  # fmt: skip
+    if not CUDA.usable():
+        return Finding(
+            what="NVIDIA GPUs", state="limited",
+            detail=f"{CUDA.here()} device files, {CUDA.visible} leaves none of them",
+            advice=f"unset {CUDA.visible}, or name one that is here",
+        )  # fmt: skip
     gpus: list[dict[str, Any]] = used_here(CUDA)["gpus"]
     if not gpus:
         return Finding(

@@ -94,6 +94,18 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: list[Any], 
     assert bool(found.advice) is (state != "ok")
 
 
+def test_gpus_that_the_environment_hides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(device, "DEV", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = doctor._gpu(REPOSITORY)
+    assert (found.state, found.detail) == (
+        "limited",
+        "1 device files, CUDA_VISIBLE_DEVICES leaves none of them",
+    )
+    assert found.advice.startswith("unset CUDA_VISIBLE_DEVICES")
+
+
 @pytest.fixture
 def npus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Finding]:
     """What is said of a machine with an A3's two chips, with one text of its table put in place of another."""
