@@ -285,8 +285,7 @@ def wheel_rank(filename: str, tags: dict[Tag, int]) -> int | None:
 
 def write_lock(path: Path, data: dict[str, Any]) -> None:
     """Write a lock as TOML, sealed: `content` becomes the hash of all the rest."""
-    seal = data["tool"]["drydock"] if "tool" in data else data
-    seal["content"] = content_hash(data)
+    _sealed_table(data)["content"] = content_hash(data)
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(tomli_w.dumps(data))
@@ -296,8 +295,15 @@ def write_lock(path: Path, data: dict[str, Any]) -> None:
 def content_hash(data: dict[str, Any]) -> str:
     """The seal of a lock's content, without the seal itself."""
     copy = json.loads(json.dumps(data))
-    (copy.get("tool", {}).get("drydock") or copy).pop("content", None)
+    _sealed_table(copy).pop("content", None)
     return sha256_json(copy)
+
+
+def _sealed_table(data: dict[str, Any]) -> dict[str, Any]:
+    """The table of a lock that has its seal: a pylock's own part of ours, or all of a lock that is only ours."""
+    tool = data.get("tool")
+    ours = tool.get("drydock") if isinstance(tool, dict) else None
+    return ours if isinstance(ours, dict) else data
 
 
 def read_sealed(path: Path, model: type[BaseModel], remedy: str) -> Any:
@@ -321,8 +327,7 @@ def read_sealed(path: Path, model: type[BaseModel], remedy: str) -> Any:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise DrydockError(f"{path}: {key}: {first['msg']}: {remedy}") from error
-    seal = (data.get("tool", {}).get("drydock") or data)["content"]
-    if seal != content_hash(data):
+    if _sealed_table(data)["content"] != content_hash(data):
         raise DrydockError(
             f"{path} was edited by hand (its content does not match its seal): change the definition and {remedy}"
         )
