@@ -36,6 +36,8 @@ SMALLEST = 16 << 10
 PATCHED = 1 << 20
 """Bytes from which a file that differs from the target's of the same name is sent as the difference."""
 LEVEL = 12
+WINDOW = 29
+"""log2 of how many bytes back a repetition is found; a target has to hold so much in memory."""
 
 
 def sha256(path: Path) -> str:
@@ -126,38 +128,35 @@ def pack(
     roots = sorted({folder(store, layer) for layer in built.layers} - there)
     all_files = hashes([path for root in roots for path in files(root)])
     index: list[dict[str, Any]] = []
-    with Parts(out, size) as parts, zstandard.ZstdCompressor(level=level, threads=os.cpu_count() or 1).stream_writer(
-        parts, closefd=False
-    ) as stream, tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as tar:  # fmt: skip
+    # Images hold much twice (a library for two releases of CUDA, modules beside their bytecode), hundreds of MB apart.
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        level, window_log=WINDOW, enable_ldm=True, threads=os.cpu_count() or 1
+    )
+    compressor = zstandard.ZstdCompressor(compression_params=parameters)
+    with Parts(out, size) as parts, compressor.stream_writer(parts, closefd=False) as stream, tarfile.open(
+        fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT
+    ) as tar:  # fmt: skip
         for record in ("images", "layers"):
             for path in sorted((store.root / record).glob("*.json")):
                 if record == "layers" or path.stem == image:
                     tar.add(path, f"{record}/{path.name}")
-        for root in roots:
-            for parent, folders, names in os.walk(root):
-                folders.sort()
-                for name in [
-                    "",
-                    *sorted(names),
-                    *(name for name in folders if Path(parent, name).is_symlink()),
-                ]:
-                    path = Path(parent, name) if name else Path(parent)
-                    member = tar.gettarinfo(path, str(path.relative_to(store.root)))
-                    if not member.isreg():
-                        tar.addfile(member)
-                        continue
-                    digest = all_files[path]
-                    row = {"path": member.name, "sha256": digest, "mode": member.mode, "mtime": member.mtime}
-                    if digest in known and member.size >= SMALLEST:
-                        index.append({**row, "from": known[digest]})
-                    elif member.size >= PATCHED and path.name in sources:
-                        source, there = sources[path.name]
-                        patch = _patch(source.read_bytes(), path.read_bytes(), level)
-                        _add(tar, f"patches/{len(index)}", patch)
-                        index.append({**row, "from": there, "patch": f"patches/{len(index)}"})
-                    else:
-                        with path.open("rb") as file:
-                            tar.addfile(member, file)
+        for path in _in_order(roots):
+            member = tar.gettarinfo(path, str(path.relative_to(store.root)))
+            if not member.isreg():
+                tar.addfile(member)
+                continue
+            digest = all_files[path]
+            row = {"path": member.name, "sha256": digest, "mode": member.mode, "mtime": member.mtime}
+            if digest in known and member.size >= SMALLEST:
+                index.append({**row, "from": known[digest]})
+            elif member.size >= PATCHED and path.name in sources:
+                source, there = sources[path.name]
+                patch = _patch(source.read_bytes(), path.read_bytes(), level)
+                _add(tar, f"patches/{len(index)}", patch)
+                index.append({**row, "from": there, "patch": f"patches/{len(index)}"})
+            else:
+                with path.open("rb") as file:
+                    tar.addfile(member, file)
         _add(tar, "carried.json", json.dumps(index).encode())
     total = sum(path.stat().st_size for path in all_files)
     lent = sum((store.root / row["path"]).stat().st_size for row in index)
@@ -166,6 +165,19 @@ def pack(
         f"{image}: {total / 1e9:.2f} GB, of which the target has {lent / 1e9:.2f} GB or nearly; "
         f"{sent / 1e6:.0f} MB in {parts.count} parts, {time.monotonic() - began:.0f} s"
     )
+
+
+def _in_order(roots: list[Path]) -> list[Path]:
+    """All that is in folders, and they: a folder before what is in it, then files of one kind and name together."""
+    folders: list[Path] = []
+    rest: list[Path] = []
+    for root in roots:
+        for parent, below, names in os.walk(root):
+            below.sort()
+            folders.append(Path(parent))
+            rest += [Path(parent, name) for name in names]
+            rest += [Path(parent, name) for name in below if Path(parent, name).is_symlink()]
+    return [*folders, *sorted(rest, key=lambda path: (path.suffix, path.name, path))]
 
 
 def _sources(known: dict[str, str], near: Path | None) -> dict[str, tuple[Path, str]]:
@@ -242,7 +254,8 @@ def unpack(store: Path, parts: list[Path], wait: float) -> None:
     began = time.monotonic()
     store.mkdir(parents=True, exist_ok=True)
     with _Joined(sorted(parts), wait) as stream:
-        reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        reader = decompressor.stream_reader(stream, read_across_frames=True)
         try:
             with tarfile.open(fileobj=reader, mode="r|") as tar:
                 tar.extractall(store, filter="fully_trusted")
