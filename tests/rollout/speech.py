@@ -245,6 +245,8 @@ class SglangSpeech:
         # Its products are then Triton's for 16 bits too, as for float32: DeepGEMM has nvcc compile a kernel for each
         # shape when it is first met, within a request, and is not made for ones as small.
         "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_DEEPGEMM": "0",
+        # Seconds that `/health_generate` waits for its token.
+        "SGLANG_HEALTH_CHECK_TIMEOUT": "5",
         **EXACT,
     }
     names: ClassVar = {
@@ -318,6 +320,8 @@ class SglangSpeech:
                 "meta_info": {"finish_reason": {"type": "stop" | "length"}} as meta,
             }:
                 pass
+            case {"meta_info": {"finish_reason": {"type": "abort"} as reason}}:
+                raise ServerError(f"/generate: ended by the server: {reason}")
             case _:
                 raise ServerError(f"/generate: an answer without a generation: {str(answer)[:300]}")
         if not len(answer["output_ids"]) == len(meta["output_top_logprobs"]) == meta["completion_tokens"]:

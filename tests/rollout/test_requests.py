@@ -153,3 +153,12 @@ def test_the_end_token_ends_a_sample(server: Server) -> None:
     assert (found.tokens, found.text, found.finish_reason) == ((end,), "", "stop")
     ignored = generate(server, random_prompt(6, seed=604), ignore_eos=True, **options)[0]
     assert (ignored.tokens, ignored.finish_reason) == ((end,) * 12, "length")
+
+
+@pytest.mark.engine("sglang")
+def test_the_engine_is_well_only_while_it_can_generate(server: Server) -> None:
+    """`/health_generate` makes a token, which a server that answers and computes nothing does not."""
+    assert server.request("/health_generate") == ""
+    with frozen(server), pytest.raises(ServerError, match="/health_generate: HTTP 503"):
+        server.request("/health_generate")
+    assert server.request("/health_generate") == ""
