@@ -48,7 +48,7 @@ def make_qwen3(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_qwen3_moe(folder: Path, seed: int = 0) -> Path:
+def make_qwen3_moe(folder: Path, seed: int = 0, head_dim: int = 32) -> Path:
     """A Qwen3-MoE of two layers and eight experts with random weights, as float32 safetensors."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -57,7 +57,7 @@ def make_qwen3_moe(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
         vocab_size=vocabulary, hidden_size=128, intermediate_size=256, moe_intermediate_size=64,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim,
         num_experts=8, num_experts_per_tok=2, decoder_sparse_step=1, norm_topk_prob=True,
         max_position_embeddings=8192, tie_word_embeddings=False,
         pad_token_id=0, eos_token_id=1, bos_token_id=None,

@@ -34,7 +34,10 @@ class Launch:
     def server(self, folder: Path, kind: Kind, log: Path, *more: str) -> Server:
         """The engine's server of a model; `more` are flags."""
         flags = [*self.flags(kind.dtype), *more]
-        return Server(self.words.engine, folder, flags, log=log, environment=self.environment)
+        # SGLang compiles kernels at its first start: nvcc takes some ten seconds for each.
+        return Server(
+            self.words.engine, folder, flags, log=log, environment=self.environment, ready_timeout=600
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 from weakref import WeakKeyDictionary
 
-from drydock.server import SGLANG, TRTLLM, VLLM, Engine, Server
+from drydock.server import SGLANG, TRTLLM, VLLM, Engine, Server, ServerError
 from tiny_models import ALPHABET, EXACT
 
 VOCABULARY = 3 + len(ALPHABET)
@@ -58,8 +58,10 @@ class Speech(Protocol):
     """What a refusal of too long a request says, as a regular expression."""
     wrong_choice: tuple[str, str]
     """A flag with a value that is none of its choices."""
-    aborts_while_frozen: bool
-    """Whether a request whose client left is gone from a frozen server, or when it goes on."""
+    aborts_samples: bool
+    """Whether several samples of a request end when its client leaves, as a single one does."""
+    beyond: int
+    """Tokens that its context is given beyond the profile's, since it fills none to its end."""
     freezes: bool
     """Whether it can be frozen."""
     keeps_stop: bool
@@ -110,11 +112,11 @@ class Speech(Protocol):
         """Take the memory again: all of it, or one part."""
 
 
-def metric(server: Server, name: str) -> float:
-    """The sum of a Prometheus metric over its labels."""
+def metric(server: Server, name: str, label: str = "") -> float:
+    """The sum of a Prometheus metric over its labels, or over those that have this one."""
     lines = [line for line in server.request("/metrics").splitlines() if line.startswith(f"{name}{{")]
     assert lines, f"/metrics has no {name}"
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if label in line)
 
 
 class VllmSpeech:
@@ -129,7 +131,8 @@ class VllmSpeech:
     length = "--max-model-len"
     over_length = r"HTTP 400.*maximum context length"
     wrong_choice = ("--dtype", "float12")
-    aborts_while_frozen = True
+    aborts_samples = True
+    beyond = 0
     freezes = True
     keeps_stop = True
     shortens = False
@@ -236,30 +239,44 @@ class SglangSpeech:
         "HF_HUB_OFFLINE": "1",
         # A sample's log-probability is the model's own, as vLLM's is; SGLang's default is after the temperature.
         "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+        # A prompt that is cut into chunks is cut at multiples of it. Its default, 4096, is more than a chunk has here,
+        # and the scheduler then never begins the prompt, without a word. The profiles' chunks are multiples of this.
+        "SGLANG_TRITON_PREFILL_TRUNCATION_ALIGN_SIZE": "128",
+        # Its products are then Triton's for 16 bits too, as for float32: DeepGEMM has nvcc compile a kernel for each
+        # shape when it is first met, within a request, and is not made for ones as small.
+        "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_DEEPGEMM": "0",
+        # Seconds that `/health_generate` waits for its token.
+        "SGLANG_HEALTH_CHECK_TIMEOUT": "5",
         **EXACT,
     }
     names: ClassVar = {
-        "max_model_len": "context_length", "max_num_seqs": "max_running_requests",
-        "max_num_batched_tokens": "chunked_prefill_size",
+        "max_num_seqs": "max_running_requests", "max_num_batched_tokens": "chunked_prefill_size",
     }  # fmt: skip
     length = "--context-length"
     over_length = r"HTTP 400.*context length"
     wrong_choice = ("--dtype", "float12")
-    # The scheduler ends an aborted request with its next step.
-    aborts_while_frozen = False
+    # Its frontend gives samples names of their own and, when their client leaves, aborts by the first names: all but a
+    # single one go on to their end (tokenizer_manager.py of 0.5.14: _handle_batch_request, create_abort_task).
+    aborts_samples = False
+    # Its scheduler takes prompts that leave 7 tokens of the context, and shortens an answer to leave 2, without a word.
+    beyond = 7
     freezes = True
     keeps_stop = True
     shortens = False
-    statuses: ClassVar = {}
+    # It answers under whatever name it is asked by, and takes no sample for one.
+    statuses: ClassVar = {"a model of another name": 200, "n is zero": 200}
 
     def flags(self, profile: Mapping[str, Any], dtype: str, folder: Path) -> list[str]:  # noqa: ARG002
         return [
             "--dtype", dtype,
-            "--context-length", str(profile["max_model_len"]),
+            "--context-length", str(profile["max_model_len"] + self.beyond),
             "--max-running-requests", str(profile["max_num_seqs"]),
             "--chunked-prefill-size", str(profile["max_num_batched_tokens"]),
             # Without it a seed is not looked at.
             "--enable-deterministic-inference",
+            # What it would choose takes 16 bits only (FlashAttention 3, on Hopper), or goes without a cache of prompts
+            # (FlashInfer, on Blackwell). Triton's takes float32, and multiplies it as such when told to: see EXACT.
+            "--attention-backend", "triton",
             "--enable-metrics",
             "--decode-log-interval", "1",
             "--mem-fraction-static", "0.3",
@@ -267,7 +284,10 @@ class SglangSpeech:
         ]  # fmt: skip
 
     def accepted(self, profile: Mapping[str, Any]) -> dict[str, Any]:
-        return {"disable_cuda_graph": not profile["compile"], "enable_deterministic_inference": True}
+        return {
+            "context_length": profile["max_model_len"] + self.beyond, "attention_backend": "triton",
+            "disable_cuda_graph": not profile["compile"], "enable_deterministic_inference": True,
+        }  # fmt: skip
 
     def generate(
         self, server: Server, prompt: Sequence[int], max_tokens: int, *, n: int = 1, seed: int | None = None,
@@ -286,10 +306,26 @@ class SglangSpeech:
             },
             timeout=LONGEST,
         )  # fmt: skip
+        if not isinstance(answers, list) or len(answers) != n:
+            raise ServerError(f"/generate: {n} samples were asked for, got {str(answers)[:300]}")
         return [self._generation(prompt, answer) for answer in answers]
 
-    def _generation(self, prompt: Sequence[int], answer: Mapping[str, Any]) -> Generation:
-        meta = answer["meta_info"]
+    def _generation(self, prompt: Sequence[int], answer: Any) -> Generation:
+        # verl met an engine's empty result with an assert in its server (verl#5936), which ended all requests. It is
+        # one request's failure.
+        match answer:
+            case {
+                "output_ids": [_, *_],
+                "text": str(),
+                "meta_info": {"finish_reason": {"type": "stop" | "length"}} as meta,
+            }:
+                pass
+            case {"meta_info": {"finish_reason": {"type": "abort"} as reason}}:
+                raise ServerError(f"/generate: ended by the server: {reason}")
+            case _:
+                raise ServerError(f"/generate: an answer without a generation: {str(answer)[:300]}")
+        if not len(answer["output_ids"]) == len(meta["output_top_logprobs"]) == meta["completion_tokens"]:
+            raise ServerError(f"/generate: not as many log-probabilities as tokens: {str(answer)[:300]}")
         assert meta["prompt_tokens"] == len(prompt)
         reason = meta["finish_reason"]
         return Generation(
@@ -316,6 +352,7 @@ class SglangSpeech:
 
     @contextlib.contextmanager
     def frozen(self, server: Server) -> Iterator[None]:
+        # The scheduler stops where it is; requests that come now wait in the frontend.
         server.request("/pause_generation", {"mode": "in_place"})
         try:
             yield
@@ -323,10 +360,16 @@ class SglangSpeech:
             server.request("/continue_generation", {})
 
     def unanswered(self, server: Server) -> int:
-        return sum(int(rank["num_reqs"]) for rank in server.request("/get_load"))
+        # Not `/v1/loads`, which is the scheduler's: what waits in a paused frontend has not come there. One whose
+        # client left is counted until its abort has been sent.
+        return sum(
+            int(metric(server, "sglang:http_requests_active", f'endpoint="{path}"'))
+            for path in ("/generate", "/v1/completions")
+        )
 
     def busy(self, server: Server) -> bool:
-        return self.unanswered(server) > 0
+        loads = server.request("/v1/loads")["loads"]
+        return any(load["num_running_reqs"] or load["num_waiting_reqs"] for load in loads)
 
     def steps(self, server: Server) -> float:
         return len(_BATCH.findall(server.log.read_text(errors="replace")))
@@ -335,7 +378,9 @@ class SglangSpeech:
         return sum(int(found) for found in _RUNNING.findall(server.log.read_text(errors="replace")))
 
     def cached(self, server: Server) -> float:
-        return metric(server, "sglang:cached_tokens_total")
+        name = "sglang:cached_tokens_total"
+        # Told from the first one on.
+        return metric(server, name) if name in server.request("/metrics") else 0.0
 
     def sleep_flags(self, cache: int, token: int) -> list[str]:
         # The weights' copy in the host's memory is made whenever they are let go.
@@ -373,7 +418,8 @@ class TrtllmSpeech:
     length = "--max_seq_len"
     over_length = r"HTTP 400.*(`default_max_tokens`|should not exceed max_num_tokens)"
     wrong_choice = ("--backend", "float12")
-    aborts_while_frozen = False
+    aborts_samples = True
+    beyond = 0
     freezes = False
     keeps_stop = False
     shortens = True

@@ -1,12 +1,12 @@
-"""GRPO, small but whole: rollouts from a vLLM server, verl's advantage and loss, AdamW, weights pushed back."""
+"""GRPO, small but whole: rollouts from an engine's server, verl's advantage and loss, AdamW, weights pushed back."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,12 +56,23 @@ class Learner:
         return torch.log_softmax(logits, dim=-1).gather(-1, responses[..., None])[..., 0]
 
 
-class Policy(Learner):
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What the policy in the server wrote to a prompt."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    text: str
+    finished: bool
+    """Whether it ended the text itself."""
+
+
+class Policy(Learner, ABC):
     """The same model twice: here, where it is trained, and in the server, where it writes.
 
     Parameters:
         folder: what the server serves; pushes overwrite its weights.
-        server: a vLLM with VLLM_SERVER_DEV_MODE=1.
+        server: an engine's that can load weights again.
         longest: tokens of a response at most.
     """
 
@@ -69,16 +80,13 @@ class Policy(Learner):
         super().__init__(folder)
         self.server, self.longest = server, longest
 
+    @abstractmethod
     def server_log_probs(self, tokens: torch.Tensor) -> torch.Tensor:
         """The server's log-probabilities of tokens[1:], each given those before it."""
-        answer = self.server.request(
-            "/v1/completions",
-            {"model": self.server.model, "prompt": tokens.tolist(), "max_tokens": 1, "prompt_logprobs": 0},
-        )
-        rows = answer["choices"][0]["prompt_logprobs"][1:]
-        return torch.tensor(
-            [row[str(token)]["logprob"] for row, token in zip(rows, tokens[1:].tolist(), strict=True)]
-        )
+
+    @abstractmethod
+    def complete(self, prompt: str, samples: int, seed: int) -> list[Completion]:
+        """Samples at temperature 1, the first with this seed, each other with the next one."""
 
     def push(self) -> None:
         """Make the server's weights the trainer's."""
@@ -94,30 +102,21 @@ class Policy(Learner):
     def rollouts(self, chosen: Sequence[Problem], samples: int, seed: int) -> Rollouts:
         """`samples` completions of each problem at temperature 1, reproducible by seed."""
 
-        def ask(index: int) -> list[dict[str, Any]]:
-            answer = self.server.request(
-                "/v1/completions",
-                {
-                    "model": self.server.model, "prompt": chosen[index].prompt, "n": samples,
-                    "max_tokens": self.longest, "temperature": 1.0, "logprobs": 0, "return_token_ids": True,
-                    # vLLM gives sample k of a request the seed + k.
-                    "seed": (seed * len(chosen) + index) * samples,
-                },
-            )  # fmt: skip
-            return sorted(answer["choices"], key=lambda choice: choice["index"])
+        def ask(index: int) -> list[Completion]:
+            return self.complete(chosen[index].prompt, samples, (seed * len(chosen) + index) * samples)
 
         with ThreadPoolExecutor(8) as pool:
-            choices = [choice for group in pool.map(ask, range(len(chosen))) for choice in group]
+            completions = [each for group in pool.map(ask, range(len(chosen))) for each in group]
         group = np.repeat(np.arange(len(chosen)), samples)
-        shape = (len(choices), self.longest)
+        shape = (len(completions), self.longest)
         responses, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
-        log_probs, rewards = torch.zeros(shape), torch.zeros(len(choices))
-        for row, choice in enumerate(choices):
-            tokens = choice["token_ids"]
-            responses[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-            log_probs[row, : len(tokens)] = torch.tensor(choice["logprobs"]["token_logprobs"])
-            rewards[row] = reward(chosen[group[row]], choice["text"], choice["finish_reason"] == "stop")
+        log_probs, rewards = torch.zeros(shape), torch.zeros(len(completions))
+        for row, found in enumerate(completions):
+            length = len(found.tokens)
+            responses[row, :length] = torch.tensor(found.tokens)
+            mask[row, :length] = 1
+            log_probs[row, :length] = torch.tensor(found.log_probs)
+            rewards[row] = reward(chosen[group[row]], found.text, found.finished)
         return Rollouts(
             group=group, prompts=self.encode([chosen[index].prompt for index in group]),
             responses=responses, mask=mask, log_probs=log_probs, rewards=rewards,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -66,11 +67,17 @@ def config(configured: None, run: Run) -> DictConfig:  # noqa: ARG001
     return compose("ppo_trainer", overrides=run.overrides)
 
 
-def test_every_override_is_one_that_verl_has(config: DictConfig, run: Run) -> None:
+def test_every_override_is_one_that_verl_has(config: DictConfig, run: Run, engine: str) -> None:
     added = [item.partition("=")[0] for item in run.overrides if item.startswith("+")]
     allowed = {f"+ray_kwargs.ray_init.{name}" for name in inspect.signature(ray.init).parameters}
     # A dictionary that is meant to be filled; its key is read where the model's configuration is made, below.
     allowed.add("+actor_rollout_ref.model.override_config.attn_implementation")
+    if engine == "sglang":
+        # Another, and verl gives its keys to this class.
+        arguments = importlib.import_module("sglang.srt.server_args").ServerArgs
+        allowed |= {
+            f"+actor_rollout_ref.rollout.engine_kwargs.sglang.{field.name}" for field in fields(arguments)
+        }
     assert set(added) <= allowed
     validate_config(config, need_reference_policy(config), need_critic(config))
     # With one sample a problem, GRPO has no advantage to learn from.

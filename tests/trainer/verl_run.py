@@ -18,6 +18,13 @@ RAY = {"include_dashboard": False, "object_store_memory": 256 * 2**20}
 """Parameters of ray.init that verl's configuration does not name, and so takes with a + only. The store is larger
 than a Docker container's /dev/shm: ray then puts it into /tmp by itself."""
 
+SGLANG_ARGUMENTS = {
+    # verl takes FlashInfer for SGLang 0.5.12 and later, which has nvcc compile for a head of 32 numbers, if it can.
+    "+actor_rollout_ref.rollout.engine_kwargs.sglang.attention_backend": "triton",
+    "+actor_rollout_ref.rollout.engine_kwargs.sglang.sampling_backend": "pytorch",
+}
+"""What its server is given beyond what verl gives it: a dictionary that is meant to be filled."""
+
 
 def make_model(folder: Path, known: Sequence[Problem], warm_up_steps: int) -> Path:
     """A dense Qwen3 that knows the form of an answer and no sum, with what verl asks of a Qwen3's tokenizer."""
@@ -101,6 +108,7 @@ def overrides(
         "trainer.val_before_train": False,
         "trainer.resume_mode": "disable",
         "trainer.default_local_dir": output,
+        **(SGLANG_ARGUMENTS if engine == "sglang" else {}),
     }
     return [f"{key}={value}" for key, value in values.items()]
 

@@ -32,10 +32,12 @@ class Engine:
             own parser accepts; where it refuses, it raises SystemExit with the parser's words, or anything else.
         own: the flags that the harness gives after the user's, with {model}, {name}, {host} and {port}.
         command: what stands before all flags.
-        named_by_folder: it has no flag for the name, takes the model's folder's, and answers under whatever name it is
-            asked by. It is then given a link to the folder, with the name, and `/v1/models` says who it is.
+        named_by_folder: it has no flag for the name and takes the model's folder's: it is given a link to the folder,
+            with the name.
+        repeats_name: it answers under whatever name it is asked by; `/v1/models` says who it is.
         shares_port: it sets SO_REUSEADDR, and so has its port beside the socket that holds it.
         loading, loaded: texts of the log, one of which says that the weights begin, or have ended, to load.
+        environment: what each server of it needs.
         development: environment that opens the endpoints for development.
         reload: loads the weights from the model's folder again, given a function that sends a POST to a path, and
             that folder.
@@ -48,9 +50,11 @@ class Engine:
     own: tuple[str, ...]
     command: tuple[str, ...] = ()
     named_by_folder: bool = False
+    repeats_name: bool = False
     shares_port: bool = True
     loading: tuple[str, ...]
     loaded: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
     development: Mapping[str, str] = field(default_factory=dict)
     reload: Callable[[Post, str], None] | None = None
     not_reloaded: tuple[str, ...] = ()
@@ -206,8 +210,12 @@ SGLANG = Engine(
     module="sglang.launch_server",
     parser="drydock.server.engines:parse_sglang",
     own=("--model-path", "{model}", "--served-model-name", "{name}", "--host", "{host}", "--port", "{port}"),
+    repeats_name=True,
     loading=("Load weight begin",),
     loaded=("Load weight end",),
+    # Of 0.5.14: it refuses its flags where this port, which is its own plus 10000 unless told, is above 65535, also
+    # though it serves no gRPC. A port that the kernel chooses is so in one case of six.
+    environment={"SGLANG_GRPC_PORT": "1"},
     reload=reload_sglang,
 )
 
@@ -240,6 +248,7 @@ TRTLLM = Engine(
     # Of 1.2.1: --served_model_name came with 1.3, and its socket is bound without SO_REUSEADDR before the model loads.
     own=("{model}", "--host", "{host}", "--port", "{port}"),
     named_by_folder=True,
+    repeats_name=True,
     shares_port=False,
     loading=("Loading safetensors weights in parallel",),
     loaded=("Model init total",),

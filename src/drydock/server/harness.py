@@ -93,6 +93,7 @@ class Server:
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             # What torch compiles is for the next server too.
             "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",
+            **engine.environment,
             **os.environ,
             **(environment or {}),
             # Its own, and gone with it: at each stop vLLM 0.24 leaves the sockets between its processes there.
@@ -229,7 +230,7 @@ class Server:
 
     def _check_name(self, timeout: float, meanwhile: Callable[[], None]) -> None:
         """See that what answers is served by our name, where its answers repeat whatever name they are asked by."""
-        if not self.engine.named_by_folder:
+        if not self.engine.repeats_name:
             return
         answer = self._ask("/v1/models", None, timeout, meanwhile)
         match answer:
