@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from checks import caught_by, check_answers
-from traffic import check_stall, complete_all, rpc, stream
+from traffic import check_stall, complete_all, stream
 from trained_moe import Problem, TrainedMoe, problems, with_swapped_experts
+from vllm_reports import rpc
 
 from drydock.server import VLLM, Server
 

@@ -1,15 +1,13 @@
 """Requests to a server: many at once, and streams whose every token has its time."""
 
-# contract: vllm
 from __future__ import annotations
 
 import http.client
 import json
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 from checks import Report, require
 
@@ -56,27 +54,51 @@ def check_stall(gaps: Sequence[float], budget: float) -> None:
     require(max(gaps) <= budget, "stall within its budget", f"{max(gaps):.2f} s between tokens, not {budget}")
 
 
-def rpc(server: Server, method: str, *arguments: Any) -> None:
-    """Call a method of every worker; the API returns the first engine's answer only, so none is returned."""
-    server.request("/collective_rpc", {"method": method, "args": list(arguments)}, timeout=120.0)
+class Reader:
+    """Reads one stream after another while something else goes on, and keeps every wait for a token."""
+
+    def __init__(self, server: Server, prompt: str) -> None:
+        self.gaps: list[float] = []
+        self._server, self._prompt = server, prompt
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._read)
+        self._error: BaseException | None = None
+
+    def _read(self) -> None:
+        try:
+            while not self._over.is_set():
+                self.gaps += [gap for _, gap in stream(self._server, self._prompt, max_tokens=200)]
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self) -> Reader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        if self._error:
+            raise self._error
 
 
-def reports(server: Server, folder: Path, ranks: int) -> list[Report]:
-    """What every rank's `EplbProbe` reports at this moment, by rank, each at a step of its own.
+def skewed_traffic(
+    server: Server,
+    prompts: Sequence[str],
+    ask: Callable[[], list[Report]],
+    what: str,
+    least: int,
+    seconds: float,
+) -> None:
+    """Requests in waves until what every rank reports under that name is at least so much, or time is up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        complete_all(server, prompts, max_tokens=4, at_once=32)
+        if min(report[what] for report in ask()) >= least:
+            return
 
-    Raises:
-        LookupError: not every rank reported.
-    """
-    for file in folder.glob("rank-*.json"):
-        file.unlink()
-    rpc(server, "eplb_report", str(folder))
-    found = [folder / f"rank-{rank}.json" for rank in range(ranks)]
-    if missing := [file.name for file in found if not file.exists()]:
-        raise LookupError(f"{', '.join(missing)}: not written, though /collective_rpc was answered")
-    return [json.loads(file.read_text()) for file in found]
 
-
-def settled(server: Server, folder: Path, ranks: int, timeout: float = 60.0) -> list[Report]:
+def settled(ask: Callable[[], list[Report]], timeout: float = 60.0) -> list[Report]:
     """What the ranks report when they stand still, all after the same step.
 
     Raises:
@@ -85,7 +107,7 @@ def settled(server: Server, folder: Path, ranks: int, timeout: float = 60.0) -> 
     deadline = time.monotonic() + timeout
     before: list[int] = []
     while time.monotonic() < deadline:
-        found = reports(server, folder, ranks)
+        found = ask()
         now = [report["steps"] for report in found]
         if now == before:
             return found

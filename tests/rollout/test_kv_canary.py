@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.engine("sglang"), pytest.mark.serves]
 
 CALM = 400
 """Steps of the model before it begins to flip bytes: warm-up included, more than the undisturbed requests take."""
-FLAGS = ["--kv-canary", "log", "--kv-canary-real-data", "all"]
+# Its buffers have room for every slot of the cache, which is therefore no larger than it must be.
+FLAGS = ["--kv-canary", "log", "--kv-canary-real-data", "all", "--max-total-tokens", "65536"]
 ENVIRONMENT = {
     # Tokens are compared with the request's, too.
     "SGLANG_KV_CANARY_ENABLE_VERIFY_TOKEN_ASSERT": "1",

@@ -77,8 +77,12 @@ REFUSED: dict[str, tuple[bytes | dict[str, Any], int]] = {
 }
 
 
+UNSEEN = (
+    "SGLang 0.5.14 looks at no id (its check is called nowhere): one beyond its embedding ends the server"
+)
 ENDED_BY = {
-    "a negative token": "SGLang 0.5.14 looks for ids above the vocabulary only: the GPU asserts, the server ends",
+    "a token outside the vocabulary": UNSEEN,
+    "a negative token": UNSEEN,
     "more log-probabilities than allowed": "SGLang 0.5.14 has no limit: its scheduler ends in topk, the server with it",
 }
 """What ends SGLang's server and not just the request."""

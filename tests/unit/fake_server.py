@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import mmap
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+kept_mapped: list[mmap.mmap] = []
 BEGIN, END = "fake: weights begin to load", "fake: weights have loaded"
 
 
@@ -209,6 +211,11 @@ def main() -> None:
         sys.exit(0)
     if "segv" in faults:
         os.kill(os.getpid(), signal.SIGSEGV)
+    if mapped := os.environ.get("FAKE_MAPS"):
+        with Path(mapped).open("wb+") as file:
+            file.write(b"load")
+            file.flush()
+            kept_mapped.append(mmap.mmap(file.fileno(), 4))
     if "leave-files" in faults:
         Path(tempfile.gettempdir(), "folder").mkdir()
         socket.socket(socket.AF_UNIX).bind(f"{tempfile.gettempdir()}/socket")

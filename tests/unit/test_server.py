@@ -21,6 +21,7 @@ import time
 import tracemalloc
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -208,6 +209,18 @@ def test_what_the_engine_leaves_in_its_temporary_folder_goes_with_it(make: Make)
     with make() as clean:
         pass
     assert clean.leftovers == []
+
+
+def test_what_the_engine_maps_and_never_removes_goes_with_it(make: Make, tmp_path: Path) -> None:
+    own, others = tmp_path / "loads_1", tmp_path / "loads_2"
+    others.write_text("another server's")
+    server = make(environment={"FAKE_MAPS": str(own)})
+    server.engine = replace(FAKE, leaves=(f"{tmp_path}/loads_*",))
+    with server:
+        assert own.exists()
+    assert server.leftovers == ["loads_1"]
+    assert not own.exists()
+    assert others.exists(), "it is not this server's"
 
 
 def test_what_torch_compiles_is_kept_from_one_server_to_the_next(

@@ -57,7 +57,8 @@ class Server:
         ready_seconds: start, load and ready together.
         memory: after `stop`, MiB by device before the start and after the stop; None where there is no
             accelerator, and nothing was waited for.
-        leftovers: after `stop`, names of what the engine left in its temporary folder, which is removed with them.
+        leftovers: after `stop`, names of what the engine left in its temporary folder and elsewhere, see
+            `Engine.leaves`; removed with it.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Server:
         }
         self._before: dict[str, int] | None = None
         self._held: socket.socket | None = None
+        self._mapped: set[Path] = set()
         self._log: Log | None = None
         self._kept: Kept | None = None
 
@@ -334,7 +336,8 @@ class Server:
         """End the server and everything it started, and see that port and accelerators are free again.
 
         Also when it is interrupted: then what is left is killed at once. A second call does nothing. What a
-        killed engine had in /dev/shm stays there, since other processes may use it too.
+        killed engine had in /dev/shm stays there, since other processes may use it too, but for what is known to be its
+        own (`Engine.leaves`).
 
         Returns:
             pid -> command line of what did not end within `stop_timeout` of the polite signal, and was killed.
@@ -357,10 +360,15 @@ class Server:
                 self._held.close()
                 self._held = None
             if self._temporary.is_dir() and (kept is None or kept.closed):
-                self.leftovers = sorted({path.name for path in self._temporary.iterdir()} - {self.model})
+                elsewhere = {path for path in self._mapped if path.exists()}
+                inside = {path.name for path in self._temporary.iterdir()} - {self.model}
+                self.leftovers = sorted(inside | {path.name for path in elsewhere})
                 shutil.rmtree(self._temporary)
+                for path in elsewhere:
+                    path.unlink()
 
     def _stop(self, kept: Kept) -> dict[int, str]:
+        self._mapped = processes.mapped(kept.living(), self.engine.leaves)
         kept.interrupt()
         left = {} if kept.gone(self.stop_timeout) else kept.living()
         if not kept.kill():

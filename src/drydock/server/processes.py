@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
@@ -195,6 +196,17 @@ def sockets(pids: Iterable[int]) -> set[int]:
                     kind, _, inode = str(handle.readlink()).partition(":")
                     if kind == "socket":
                         found.add(int(inode.strip("[]")))
+    return found
+
+
+def mapped(pids: Iterable[int], patterns: Sequence[str]) -> set[Path]:
+    """Files that these processes have mapped and that one of the patterns is for."""
+    found = set()
+    for pid in pids if patterns else ():
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                path = line.split(maxsplit=5)[5:]
+                found |= {Path(each) for each in path if any(fnmatch(each, like) for like in patterns)}
     return found
 
 
