@@ -62,9 +62,15 @@ def record_run(
 
 
 def record_answers(
-    record: Record, given: Sequence[str], plain: tuple[Sequence[str], Sequence[float]], gaps: Sequence[float]
-) -> None:
-    """How many answers are those of the server without EPLB, and the longest waits with both."""
+    record: Record, given: Sequence[str], plain: tuple[Sequence[str], Sequence[float]],
+    gaps: Sequence[float], during: Sequence[float],
+) -> None:  # fmt: skip
+    """How many answers are those of the server without EPLB, and the longest waits for a token."""
     equal = sum(ours == theirs for ours, theirs in zip(given, plain[0], strict=True)) / len(given)
     record("equal to the server without EPLB", equal)
-    record("longest wait for a token, seconds", {"without EPLB": max(plain[1]), "with": max(gaps)})
+    longest = {
+        "without EPLB": max(plain[1]),
+        "with": max(gaps),
+        "while experts moved": max(during, default=None),
+    }
+    record("longest wait for a token, seconds", longest)

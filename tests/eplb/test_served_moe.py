@@ -23,7 +23,7 @@ from checks import (
 )
 from fleet import Fleet
 from reference_planner import ReferencePlanner
-from trained_moe import TrainedMoe, most_lopsided_letters, problems, skewed_problems
+from trained_moe import TrainedMoe, letters_that_change, problems, skewed_problems
 
 Record = Callable[[str, Any], None]
 Profile = Mapping[str, Any]
@@ -39,7 +39,7 @@ class Served:
         redundant: int, mode: str, fault: str | None = None,
     ) -> None:  # fmt: skip
         # Other traffic as soon as the first plan is made: one that is still for what was before it helps no more.
-        letters = most_lopsided_letters(moe, fleet.ranks, redundant)[:2]
+        letters = letters_that_change(moe, fleet.ranks, redundant)
         traffic = [
             moe.encode([each.prompt for each in skewed_problems(profile["requests_in_a_wave"], 3, letter)])
             for letter in letters
@@ -99,6 +99,11 @@ def test_traffic_is_rebalanced_and_the_answers_stay(
         },
     )
     record("rearrangements", served.reports[0]["completed"])
+    for report in served.reports:
+        moves = [each for move in report["moves"] for each in move]
+        # The last one may still move.
+        assert len(moves) // 2 - report["completed"] in (0, 1)
+        assert moves == sorted(moves)
     record("below the best, by layer", below_the_best(served.reports, ReferencePlanner()))
     record(
         "series",
@@ -113,6 +118,8 @@ def test_traffic_is_rebalanced_and_the_answers_stay(
     served.check(profile)
 
 
+UNEVEN = ("balance over ranks is better after than before", "balance is what the load allows")
+"""The first of them to see a plan that does not fit depends on how lopsided the traffic before was."""
 FAULTS = {
     ("commits no counts", 4, "sync"): "counts are the replicas and sum to the slots",
     ("commits no way back", 4, "sync"): "log2phy is the inverse of phy2log",
@@ -123,10 +130,10 @@ FAULTS = {
     ("swaps experts' weights", 4, "sync"): "weights match the map",
     # With 4 redundant it would cost few answers (0.96 were left): the experts that get replicas process letters.
     ("takes a wrong replica", 16, "sync"): "answers are those without EPLB",
-    ("ignores the load", 4, "sync"): "balance over ranks is better after than before",
+    ("ignores the load", 4, "sync"): UNEVEN,
     ("takes one rank's load for all", 4, "sync"): "the load is that of the window, over all ranks",
     ("takes one rank's load for all", 4, "async"): "the load is that of the window, over all ranks",
-    ("plans for the first load for ever", 4, "sync"): "balance over ranks is better after than before",
+    ("plans for the first load for ever", 4, "sync"): UNEVEN,
     # The same fault with nothing redundant harms nothing: why no row of this tier stands on 0 alone.
     ("takes a wrong replica", 0, "sync"): None,
 }
@@ -145,7 +152,8 @@ def test_a_fault_in_serving_is_caught(
     served = Served(fleet, moe, profile, redundant=redundant, mode=mode, fault=fault)
     caught = caught_by(lambda: served.check(profile))
     record("caught by", caught)
-    assert caught == FAULTS[fault, redundant, mode]
+    expected = FAULTS[fault, redundant, mode]
+    assert caught in (expected if isinstance(expected, tuple) else (expected,))
 
 
 def test_a_plan_for_other_traffic_is_not_what_the_load_allows(

@@ -6,7 +6,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from checks import Report, require
@@ -50,7 +50,8 @@ def stream(
 
 
 def check_stall(gaps: Sequence[float], budget: float) -> None:
-    """No reader waited longer than `budget` seconds for the next token."""
+    """No reader waited longer than `budget` seconds for the next token, and one did wait."""
+    require(gaps, "stall within its budget", "nobody waited for a token")
     require(max(gaps) <= budget, "stall within its budget", f"{max(gaps):.2f} s between tokens, not {budget}")
 
 
@@ -58,7 +59,8 @@ class Reader:
     """Reads one stream after another while something else goes on, and keeps every wait for a token."""
 
     def __init__(self, server: Server, prompt: str) -> None:
-        self.gaps: list[float] = []
+        self.waits: list[tuple[float, float]] = []
+        """When each began and ended, by the monotonic clock."""
         self._server, self._prompt = server, prompt
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._read)
@@ -67,9 +69,30 @@ class Reader:
     def _read(self) -> None:
         try:
             while not self._over.is_set():
-                self.gaps += [gap for _, gap in stream(self._server, self._prompt, max_tokens=200)]
+                for _, gap in stream(self._server, self._prompt, max_tokens=200):
+                    now = time.monotonic()
+                    self.waits.append((now - gap, now))
         except BaseException as error:
             self._error = error
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds of each wait."""
+        return [ended - began for began, ended in self.waits]
+
+    def gaps_during(self, moves: Iterable[Sequence[float]]) -> list[float]:
+        """Those that overlap a rearrangement (began, ended), and the one after each, since what a step made comes late.
+
+        A server's first steps compile kernels, each for as long as a stall may be, with EPLB and without it.
+        """
+        spans = list(moves)
+        hit = [
+            place
+            for place, (began, ended) in enumerate(self.waits)
+            if any(began <= stop and start <= ended for start, stop in spans)
+        ]
+        gaps = self.gaps
+        return [gaps[place] for place in sorted({*hit, *(place + 1 for place in hit)}) if place < len(gaps)]
 
     def __enter__(self) -> Reader:
         self._thread.start()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,20 @@ class Watch:
         self.completed = 0
         self.steps = 0
         self.lowest_steps_left = state.expert_rearrangement_step_interval
+        self.moves: list[list[float]] = []
+        """When each rearrangement began and ended, by this machine's monotonic clock."""
         (self.of_model,) = state.model_states.values()
         self._load = torch.zeros_like(self.of_model.expert_load_pass, dtype=torch.int64)
         self._history: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self._load]
         self._module = eplb_state
         self._commit, self._move = eplb_state._commit_eplb_maps, eplb_state._move_to_workspace
-        self._step = state.step
+        self._step, self._rearrange = state.step, state.rearrange
         eplb_state._commit_eplb_maps, eplb_state._move_to_workspace = self._on_commit, self._on_move
-        state.step = self._on_step
+        state.step, state.rearrange = self._on_step, self._on_rearrange
 
     def close(self) -> None:
         self._module._commit_eplb_maps, self._module._move_to_workspace = self._commit, self._move
-        del self.state.step
+        del self.state.step, self.state.rearrange
 
     def _on_step(self, is_dummy: bool = False, is_profile: bool = False, **options: Any) -> None:
         if not is_dummy and not is_profile:
@@ -55,6 +58,17 @@ class Watch:
         left: int = self.state.expert_rearrangement_step_interval - self.state.expert_rearrangement_step
         return left
 
+    def _on_rearrange(self, is_profile: bool = False, *arguments: Any, **options: Any) -> Any:
+        if not is_profile:
+            self.moves.append([time.monotonic()] * 2)
+        answer = self._rearrange(is_profile, *arguments, **options)
+        self._still_moves()
+        return answer
+
+    def _still_moves(self) -> None:
+        if self.moves:
+            self.moves[-1][1] = time.monotonic()
+
     def _on_commit(self, model_state: Any, *arguments: Any, **options: Any) -> None:
         for layer in range(len(self._load)):
             self._close_period(layer)
@@ -65,6 +79,7 @@ class Watch:
         layer = model_state.pending_result.layer_idx
         self._close_period(layer)
         self._move(model_state, *arguments, **options)
+        self._still_moves()
         self.completed += layer == len(self._load) - 1
 
     def _close_period(self, layer: int) -> None:
@@ -88,6 +103,7 @@ class Watch:
             "steps_left": self.steps_left,
             "lowest_steps_left": self.lowest_steps_left,
             "completed": self.completed,
+            "moves": self.moves,
             "phy2log": model_state.physical_to_logical_map.tolist(),
             "log2phy": model_state.logical_to_physical_map[..., :used].tolist(),
             "logcnt": model_state.logical_replica_count.tolist(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ class Watch:
         self.interval = manager._rebalance_num_iterations
         self.completed = self.steps = self.since = 0
         self.lowest_steps_left = self.interval
+        self.updates = 0
+        self.moves: list[list[float]] = []
         slots = get_global_expert_location_metadata().physical_to_logical_map
         self.load = torch.zeros_like(slots, dtype=torch.int64)
         self.history: list[list[tuple[list[int], torch.Tensor]]] = [[] for _ in self.load]
@@ -42,7 +45,9 @@ class Watch:
         self.steps += 1
         self.since += 1
 
-    def end_step(self) -> None:
+    def end_step(self, began: float, updates: int) -> None:
+        if self.updates != updates:
+            self.moves.append([began, time.monotonic()])
         self.lowest_steps_left = min(self.lowest_steps_left, self.interval - self.since)
 
     def close_periods(self, layers: list[int]) -> None:
@@ -53,6 +58,7 @@ class Watch:
             self.load[layer] = 0
 
     def rearranged(self, layers: list[int]) -> None:
+        self.updates += 1
         if max(layers) == len(self.load) - 1:
             self.completed += 1
             self.since = 0
@@ -68,6 +74,7 @@ class Watch:
             "steps_left": self.interval - self.since,
             "lowest_steps_left": self.lowest_steps_left,
             "completed": self.completed,
+            "moves": self.moves,
             "phy2log": phy2log,
             "log2phy": maps.logical_to_all_physical_map.tolist(),
             "logcnt": maps.logical_to_all_physical_map_num_valid.tolist(),
@@ -99,8 +106,9 @@ def _on_begin(self: Any, *arguments: Any, **options: Any) -> None:
 def _on_step(self: Any) -> None:
     (watch,) = WATCHES
     watch.begin_step()
+    began, updates = time.monotonic(), watch.updates
     _step(self)
-    watch.end_step()
+    watch.end_step(began, updates)
 
 
 def _on_update(self: Any, *arguments: Any, update_layer_ids: list[int], **options: Any) -> Any:
