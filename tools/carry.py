@@ -21,6 +21,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -36,6 +37,8 @@ SMALLEST = 16 << 10
 PATCHED = 1 << 20
 """Bytes from which a file that differs from the target's of the same name is sent as the difference."""
 LEVEL = 12
+CARRIED, INDEX = "carried", "index.json"
+"""Folder in the store, with one for each image that is being put together, and what in it says of whose bytes."""
 WINDOW = 29
 """log2 of how many bytes back a repetition is found; a target has to hold so much in memory."""
 
@@ -152,12 +155,13 @@ def pack(
             elif member.size >= PATCHED and path.name in sources:
                 source, there = sources[path.name]
                 patch = _patch(source.read_bytes(), path.read_bytes(), level)
-                _add(tar, f"patches/{len(index)}", patch)
-                index.append({**row, "from": there, "patch": f"patches/{len(index)}"})
+                name = f"{CARRIED}/{image}/{len(index)}"
+                _add(tar, name, patch)
+                index.append({**row, "from": there, "patch": name})
             else:
                 with path.open("rb") as file:
                     tar.addfile(member, file)
-        _add(tar, "carried.json", json.dumps(index).encode())
+        _add(tar, f"{CARRIED}/{image}/{INDEX}", json.dumps(index).encode())
     total = sum(path.stat().st_size for path in all_files)
     lent = sum((store.root / row["path"]).stat().st_size for row in index)
     sent = sum(path.stat().st_size for path in out.glob("part-*"))
@@ -253,15 +257,19 @@ def unpack(store: Path, parts: list[Path], wait: float) -> None:
 
     began = time.monotonic()
     store.mkdir(parents=True, exist_ok=True)
+    indexes: list[Path] = []
     with _Joined(sorted(parts), wait) as stream:
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         reader = decompressor.stream_reader(stream, read_across_frames=True)
         try:
             with tarfile.open(fileobj=reader, mode="r|") as tar:
-                tar.extractall(store, filter="fully_trusted")
+                tar.extractall(store, _noted(tar, indexes), filter="fully_trusted")
         except (tarfile.TarError, zstandard.ZstdError, EOFError) as error:
             sys.exit(f"carry: a part is missing or cut off ({error}): send them all again")
-    index = json.loads((store / "carried.json").read_text())
+    if not indexes:
+        sys.exit("carry: the parts end before their index: send them all again")
+    index_file = store / indexes[-1]
+    index = json.loads(index_file.read_text())
 
     def make(row: dict[str, Any]) -> str | None:
         source = Path(row["from"]).read_bytes()
@@ -285,7 +293,16 @@ def unpack(store: Path, parts: list[Path], wait: float) -> None:
         wrong = [text for text in pool.map(make, index) if text]
     if wrong:
         sys.exit(f"carry: {wrong[0]} ({len(wrong)} of {len(index)} files)")
+    shutil.rmtree(index_file.parent)
     print(f"{len(index)} files from this machine's own, all by their hash; {time.monotonic() - began:.0f} s")
+
+
+def _noted(tar: tarfile.TarFile, indexes: list[Path]) -> Iterator[tarfile.TarInfo]:
+    """All that is in the tar; the index among it is put on the list."""
+    for member in tar:
+        if Path(member.name).match(f"{CARRIED}/*/{INDEX}"):
+            indexes.append(Path(member.name))
+        yield member
 
 
 class _Joined(io.RawIOBase):

@@ -77,6 +77,7 @@ def test_an_image_is_put_together_bit_for_bit(
     store = Store(tmp_path / "there")
     done = carry("unpack", store.root, *parts, cwd=project.root, store=store)
     assert done.returncode == 0, done.stderr.decode()
+    assert not list(store.root.glob("carried/*")), "what it was made of is gone"
     for layer in tiny.built.layers:
         same(folder(tiny.store, layer), folder(store, layer))
 
