@@ -83,7 +83,7 @@ def _npus() -> list[dict[str, Any]]:
     return [
         {"name": npu.name, "memory_bytes": npu.total_mib << 20, "driver": seen.driver}
         for npu in seen.npus
-        if named is None or str(npu.number) in map(str.strip, named.split(","))
+        if is_named(str(npu.number), named)
     ]
 
 
@@ -101,5 +101,5 @@ def _gpus() -> list[dict[str, Any]]:
     return [
         {"name": name, "memory_bytes": int(mebibytes) << 20, "driver": driver}
         for index, uuid, name, mebibytes, driver in rows
-        if is_named(index, uuid, os.environ.get(CUDA.visible))
+        if is_named(index, os.environ.get(CUDA.visible), uuid)
     ]

@@ -93,7 +93,7 @@ def _gpus_used(environment: Mapping[str, str]) -> dict[str, int] | None:
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     used = {}
     for index, uuid, memory in rows:
-        if is_named(index, uuid, environment.get(CUDA.visible)):
+        if is_named(index, environment.get(CUDA.visible), uuid):
             if not memory.isdigit():
                 raise ServerError(f"nvidia-smi does not tell how much memory GPU {index} uses: {memory}")
             used[uuid] = int(memory)
@@ -107,8 +107,7 @@ def _gpus_shown(devices: Collection[str]) -> list[str]:
 
 def _npus_used(environment: Mapping[str, str]) -> dict[str, int] | None:
     named = environment.get(NPU.visible)
-    visible = None if named is None else {number.strip() for number in named.split(",")}
-    npus = [npu for npu in _npus().npus if visible is None or str(npu.number) in visible]
+    npus = [npu for npu in _npus().npus if is_named(str(npu.number), named)]
     return {npu.place: npu.used_mib for npu in npus} or None
 
 

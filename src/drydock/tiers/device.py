@@ -104,20 +104,23 @@ def device_here() -> Device:
     return next((device for device in ACCELERATORS if device.here()), CPU)
 
 
-def is_named(index: str, uuid: str, named: str | None) -> bool:
-    """Whether CUDA_VISIBLE_DEVICES lets a process use a GPU.
+def is_named(number: str, named: str | None, uuid: str = "") -> bool:
+    """Whether CUDA_VISIBLE_DEVICES or ASCEND_RT_VISIBLE_DEVICES lets a process use a device.
 
-    Its numbers are nvidia-smi's, where CUDA_DEVICE_ORDER is PCI_BUS_ID. A MIG slice does not tell its device, so with
-    one, every device counts.
+    Numbers in the first are nvidia-smi's, where CUDA_DEVICE_ORDER is PCI_BUS_ID. A MIG slice does not tell its device,
+    so with one, every device counts.
 
     Parameters:
-        index: nvidia-smi's number of the GPU.
+        number: the driver's of the device.
         named: the variable's value; None where it is not set.
+        uuid: a GPU's, by which it may be named too, or by how that begins.
     """
     if named is None:
         return True
     names = [name.strip() for name in named.split(",")]
-    return any(name == index or (name and uuid.startswith(name)) or name.startswith("MIG-") for name in names)
+    return any(
+        name == number or (name and uuid.startswith(name)) or name.startswith("MIG-") for name in names
+    )
 
 
 def chosen(accelerator: str, environment: Mapping[str, str]) -> dict[str, str]:
