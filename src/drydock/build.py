@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -394,24 +395,25 @@ def _listen(told: Any, progress: Progress) -> None:
             progress.advance(amount)
 
 
-def carried(image: Image) -> dict[str, Path]:
-    """The files an image carries as they are: what it was made of."""
+def lock_files(image: Image) -> dict[str, Path]:
+    """The files that an image carries as they are, by the names that they have there."""
     if image.vendor:
-        return {
-            "image.toml": image.definition_path,
-            "pylock.toml": image.pylock_path,
-            "base.toml": image.vendor_lock_path,
-        }
+        return {"pylock.toml": image.pylock_path, "base.toml": image.vendor_lock_path}
     return {
-        "image.toml": image.definition_path,
         "debian-request.toml": image.root / "images" / f"debian-{image.base.release}.toml",
         "pylock.toml": image.pylock_path,
         "debian.toml": image.debian_lock_path,
     }
 
 
+def carried(image: Image) -> dict[str, bytes]:
+    """What an image carries of what it was made of: its own part of the definition, and its locks."""
+    files = {name: path.read_bytes() for name, path in lock_files(image).items()}
+    return {"image.toml": image.own_definition(), **files}
+
+
 def _manifest_spec(image: Image, specs: list[Spec]) -> Spec:
-    files = {name: sha256_file(path) for name, path in carried(image).items()}
+    files = {name: sha256(data).hexdigest() for name, data in carried(image).items()}
     return Spec(
         kind="manifest",
         title=f"manifest of {image.name}",
@@ -443,8 +445,8 @@ def _make_manifest(
         if row.owner not in wheels or not path.startswith(f"{PREFIX}/")
     }
     with open_layer(store) as (layer, written):
-        for name, path in carried(inputs.image).items():
-            layer.file(f"{SHARE}/{name}", path.read_bytes())
+        for name, data in carried(inputs.image).items():
+            layer.file(f"{SHARE}/{name}", data)
         _add_links(layer, inputs.image, held)
         rows |= {row.path: row for row in layer.rows}
         base_record = _csv(list(rows.values()))

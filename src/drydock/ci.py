@@ -16,8 +16,16 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from drydock.build import carried
-from drydock.definition import MACHINES, Image, Model, debian_lock_path, image_names, read_toml
+from drydock.build import lock_files
+from drydock.definition import (
+    MACHINES,
+    Image,
+    Model,
+    debian_lock_path,
+    image_names,
+    own_part,
+    read_toml,
+)
 from drydock.diff import text_at
 from drydock.docker_runtime import SHARED_MEMORY
 from drydock.errors import DrydockError
@@ -156,7 +164,8 @@ def inputs(image: Image) -> dict[str, str]:
         found |= {
             str(path.relative_to(root)): "holds the Python that compiles its bytecode" for path in locks
         }
-    return found | {str(path.relative_to(root)): f"its {name}" for name, path in carried(image).items()}
+    files = {"image.toml": image.definition_path, **lock_files(image)}
+    return found | {str(path.relative_to(root)): f"its {name}" for name, path in files.items()}
 
 
 def changed(root: Path, base: str) -> tuple[str, list[str]]:
@@ -209,6 +218,9 @@ def touched(root: Path, base: str | None) -> Touched:
     for_images = {}
     for image in images:
         what = inputs(image)
+        definition = str(image.definition_path.relative_to(root))
+        if definition in paths and not _redefined(image, parted, definition):
+            del what[definition]
         lines = [f"{path}: {what[path]}" for path in paths if path in what] + tools
         if before.get(image.name) != now.get(image.name):
             lines.append(f"{RECORDS}: its digest")
@@ -217,6 +229,15 @@ def touched(root: Path, base: str | None) -> Touched:
     run = [f"{path}: runs in the image" for path in paths if _runs_in_an_image(path)]
     for_tiers = {image.name: for_images.get(image.name, []) + run for image in images}
     return Touched(images=for_images, tiers={name: lines for name, lines in for_tiers.items() if lines})
+
+
+def _redefined(image: Image, base: str, path: str) -> bool:
+    """Whether an image's own part of its definition's file is another than a revision had; true where that had none."""
+    try:
+        before = own_part(tomllib.loads(text_at(image.root, base, path)), image.engine_name)
+    except (DrydockError, tomllib.TOMLDecodeError, KeyError):
+        return True
+    return before != image.own_definition()
 
 
 def _images(root: Path) -> list[Image]:

@@ -51,7 +51,7 @@ class Spec:
 
 ASSEMBLER = ("base", "build", "bytecode", "bytecode_worker", "debs", "layer", "oci", "plan", "wheels")
 """The modules of ours that decide a layer's bytes."""
-LIBRARIES = ("installer", "python-debian", "zstandard")
+LIBRARIES = ("installer", "python-debian", "tomli-w", "zstandard")
 """Distributions that decide them too, by their versions."""
 
 

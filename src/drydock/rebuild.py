@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import zstandard
 
-from drydock.build import SHARE, Inputs, build, carried
+from drydock.build import SHARE, Inputs, build, lock_files
 from drydock.bytecode import builder_architecture
 from drydock.debs import checked
 from drydock.definition import DebianBase, Image, debian_lock_path, read_definition
@@ -168,7 +168,7 @@ def _project(folder: Path, files: Mapping[str, bytes], name: str) -> Image:
     if isinstance(base, DebianBase):
         write("debian-request.toml", folder / "images" / f"debian-{base.release}.toml")
     image = Image.named(folder, name)
-    for file, path in carried(image).items():
+    for file, path in lock_files(image).items():
         write(file, path)
     return image
 

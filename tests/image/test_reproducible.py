@@ -24,6 +24,7 @@ from mini_image import (
     build,
     by_title,
     command,
+    edit_toml,
     environment,
     forget,
     leftovers,
@@ -203,6 +204,22 @@ def test_environment_and_labels_change_no_layer_but_the_manifest_s(
     again = build(own, warm)
     assert again.made == ["manifest of tiny-mini"]
     assert again.identity != tiny.said.identity
+
+
+def test_another_engine_beside_it_and_comments_change_nothing(
+    warm: Store, project: Project, tiny: Made, tmp_path: Path
+) -> None:
+    """What an image carries of its hardware's definition is its own part."""
+    own = project.copy(tmp_path / "checkout")
+    path = own.root / "images/tiny/image.toml"
+    edit_toml(path, lambda data: data["engine"].update(other=data["engine"]["mini"] | {"summary": "Another"}))
+    text = path.read_text().replace('default-engine = "mini"', 'default-engine = "other"')
+    path.write_text(f"# A comment.\n{text}")
+    again = build(own, warm)
+    assert again.made == []
+    assert again.identity == tiny.said.identity
+    edit_toml(path, lambda data: data["engine"]["mini"].update(summary="Another"))
+    assert build(own, warm).made == ["manifest of tiny-mini"]
 
 
 def changed(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:

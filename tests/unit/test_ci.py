@@ -85,14 +85,19 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+def redefine(path: Path) -> None:
+    """Change what a definition says of all its images."""
+    path.write_text(path.read_text().replace('summary = "', 'summary = "Another ', 1))
+
+
 # ---------------------------------------------------------------------------------------------- what a change touches
 
 
 @pytest.mark.parametrize(
     ("path", "images", "tiers"),
     [
-        ("images/h100/image.toml", H100, H100),
-        ("images/cpu/image.toml", {"cpu-vllm"}, {"cpu-vllm"}),
+        # A comment: in no image.
+        ("images/h100/image.toml", NONE, NONE),
         ("images/debian-13.toml", EVERY, EVERY),
         ("lock/pylock.gb200-sglang.toml", {"gb200-sglang"}, {"gb200-sglang"}),
         ("lock/debian-13-amd64.toml", EVERY, EVERY),
@@ -124,8 +129,43 @@ def test_what_one_file_touches(checkout: Path, path: str, images: set[str], tier
 
 
 @pytest.mark.parametrize(
+    ("path", "old", "new", "images"),
+    [
+        ("images/h100/image.toml", 'summary = "NVIDIA H100', 'summary = "An H100', H100),
+        ("images/h100/image.toml", 'summary = "verl and Megatron-core with SGLang"', 'summary = "S"', {"h100-sglang"}),
+        ("images/h100/image.toml", 'default-engine = "vllm"', 'default-engine = "sglang"', NONE),
+        ("images/cpu/image.toml", 'summary = "', 'summary = "With ', {"cpu-vllm"}),
+    ],
+)  # fmt: skip
+def test_a_definition_touches_the_images_whose_part_of_it_is_another(
+    checkout: Path, path: str, old: str, new: str, images: set[str]
+) -> None:
+    text = (checkout / path).read_text()
+    assert old in text
+    (checkout / path).write_text(text.replace(old, new, 1))
+    found = touched(checkout, "HEAD")
+    assert set(found.images) == set(found.tiers) == images
+    assert all(lines == [f"{path}: its image.toml"] for lines in found.images.values())
+
+
+def test_a_definition_that_was_none_before_touches_its_images(checkout: Path) -> None:
+    path = checkout / "images/h100/image.toml"
+    text = path.read_text()
+    path.write_text("this is no TOML\n")
+    git(checkout, "commit", "-qam", "broken")
+    path.write_text(text)
+    assert set(touched(checkout, "HEAD").images) == H100
+
+
+@pytest.mark.parametrize(
     ("library", "images"),
-    [("zstandard", EVERY), ("installer", EVERY), ("python-debian", EVERY), ("httpx", NONE)],
+    [
+        ("zstandard", EVERY),
+        ("installer", EVERY),
+        ("python-debian", EVERY),
+        ("tomli-w", EVERY),
+        ("httpx", NONE),
+    ],
 )
 def test_a_library_that_decides_bytes_touches_every_image(
     checkout: Path, library: str, images: set[str]
@@ -162,10 +202,10 @@ def test_what_is_not_committed_counts_and_what_is_ignored_does_not(checkout: Pat
 
 def test_what_the_other_branch_did_is_not_ours(checkout: Path) -> None:
     git(checkout, "switch", "-qc", "topic")
-    append(checkout / "images/h100/image.toml")
+    redefine(checkout / "images/h100/image.toml")
     git(checkout, "commit", "-qam", "ours")
     git(checkout, "switch", "-q", "main")
-    append(checkout / "images/cpu/image.toml")
+    redefine(checkout / "images/cpu/image.toml")
     git(checkout, "commit", "-qam", "theirs")
     git(checkout, "switch", "-q", "topic")
     assert set(touched(checkout, "main").images) == H100
@@ -379,7 +419,7 @@ def run(checkout: Path, *words: str, **variables: str) -> subprocess.CompletedPr
 
 
 def test_the_plan_for_github(checkout: Path, tmp_path: Path) -> None:
-    append(checkout / "images/h100/image.toml")
+    redefine(checkout / "images/h100/image.toml")
     files = {"GITHUB_OUTPUT": tmp_path / "output", "GITHUB_STEP_SUMMARY": tmp_path / "summary"}
     files["GITHUB_OUTPUT"].write_text("before=1\n")
     variables = {name: str(path) for name, path in files.items()}
