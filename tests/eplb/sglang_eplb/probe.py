@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,12 @@ class Watch:
     def count(self, counts: torch.Tensor) -> None:
         self.load += counts.to(self.load)
 
-    def begin_step(self) -> None:
+    def step(self, run: Callable[[], None]) -> None:
+        """What SGLang does when a forward pass ends: in some, a rearrangement."""
         self.steps += 1
         self.since += 1
-
-    def end_step(self, began: float, updates: int) -> None:
+        began, updates = time.monotonic(), self.updates
+        run()
         if self.updates != updates:
             self.moves.append([began, time.monotonic()])
         self.lowest_steps_left = min(self.lowest_steps_left, self.interval - self.since)
@@ -105,10 +107,7 @@ def _on_begin(self: Any, *arguments: Any, **options: Any) -> None:
 
 def _on_step(self: Any) -> None:
     (watch,) = WATCHES
-    watch.begin_step()
-    began, updates = time.monotonic(), watch.updates
-    _step(self)
-    watch.end_step(began, updates)
+    watch.step(lambda: _step(self))
 
 
 def _on_update(self: Any, *arguments: Any, update_layer_ids: list[int], **options: Any) -> Any:
