@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from checks import caught_by
-from traffic import Reader, check_stall
+from traffic import Reader, check_stall, last_moves
 
 from drydock.server import VLLM, Server
 
@@ -33,3 +33,8 @@ def test_a_stall_while_experts_move_and_nobody_who_waits_are_seen(reader: Reader
     for moves in ([(1.2, 1.3)], [(5.0, 6.0)]):
         during = reader.gaps_during(moves)
         assert caught_by(lambda during=during: check_stall(during, 0.5)) == "stall within its budget"
+
+
+def test_the_last_rearrangements_are_those_of_every_rank() -> None:
+    ranks = [{"moves": [[0.0, 0.8], [1.0, 1.1], [2.0, 2.1]]}, {"moves": [[0.5, 0.9]]}, {"moves": []}]
+    assert last_moves(ranks, 2) == [[1.0, 1.1], [2.0, 2.1], [0.5, 0.9]]

@@ -81,10 +81,7 @@ class Reader:
         return [ended - began for began, ended in self.waits]
 
     def gaps_during(self, moves: Iterable[Sequence[float]]) -> list[float]:
-        """Those that overlap a rearrangement (began, ended), and the one after each, since what a step made comes late.
-
-        A server's first steps compile kernels, each for as long as a stall may be, with EPLB and without it.
-        """
+        """Those that overlap a rearrangement (began, ended), and the one after each: what a step made comes late."""
         spans = list(moves)
         hit = [
             place
@@ -103,6 +100,15 @@ class Reader:
         self._thread.join()
         if self._error:
             raise self._error
+
+
+def last_moves(reports: Iterable[Report], count: int) -> list[list[float]]:
+    """When the last rearrangements began and ended, on each rank.
+
+    Of a reader's waits these are the ones to look at: under the first a server still compiles kernels for batches
+    that it has not met, each for a second, with EPLB and without it.
+    """
+    return [move for report in reports for move in report["moves"][-count:]]
 
 
 def skewed_traffic(

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import mmap
+import multiprocessing
 import os
 import signal
 import socket
@@ -18,10 +19,11 @@ import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-kept_mapped: list[mmap.mmap] = []
+kept_mapped: list[Any] = []
 BEGIN, END = "fake: weights begin to load", "fake: weights have loaded"
 
 
@@ -216,6 +218,12 @@ def main() -> None:
             file.write(b"load")
             file.flush()
             kept_mapped.append(mmap.mmap(file.fileno(), 4))
+    if told := os.environ.get("FAKE_SEMAPHORE"):
+        lock = multiprocessing.get_context("spawn").Lock()
+        kept_mapped.append(lock)
+        Path(told).write_text(f"/dev/shm/sem.{lock._semlock.name[1:]}")
+        # Its tracker would remove it at the end; SGLang kills that with the rest of itself.
+        os.kill(resource_tracker._resource_tracker._pid, signal.SIGKILL)
     if "leave-files" in faults:
         Path(tempfile.gettempdir(), "folder").mkdir()
         socket.socket(socket.AF_UNIX).bind(f"{tempfile.gettempdir()}/socket")

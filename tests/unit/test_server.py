@@ -33,6 +33,7 @@ from fake_server import Foreign
 
 from drydock import server as server_package
 from drydock.server import (
+    SGLANG,
     Engine,
     FlagError,
     NoAnswer,
@@ -221,6 +222,28 @@ def test_what_the_engine_maps_and_never_removes_goes_with_it(make: Make, tmp_pat
     assert server.leftovers == ["loads_1"]
     assert not own.exists()
     assert others.exists(), "it is not this server's"
+
+
+@pytest.mark.parametrize("leaves", [(), SGLANG.leaves], ids=["kept", "removed"])
+def test_a_semaphore_that_the_engine_leaves_goes_with_it(
+    make: Make, tmp_path: Path, leaves: tuple[str, ...]
+) -> None:
+    """Of Python's multiprocessing: who makes one has it mapped under a name that is no more."""
+    others = Path(f"/dev/shm/sem.mp-{uuid.uuid4().hex}")
+    others.touch()
+    told = tmp_path / "semaphore"
+    server = make(environment={"FAKE_SEMAPHORE": str(told)})
+    server.engine = replace(FAKE, leaves=leaves)
+    with server:
+        own = Path(told.read_text())
+        assert own.exists()
+    if leaves:
+        assert server.leftovers == [own.name]
+        assert not own.exists()
+    else:
+        # Or there would be nothing to do.
+        own.unlink()
+    others.unlink()  # It was not the server's.
 
 
 def test_what_torch_compiles_is_kept_from_one_server_to_the_next(

@@ -38,7 +38,7 @@ class Engine:
         shares_port: it sets SO_REUSEADDR, and so has its port beside the socket that holds it.
         loading, loaded: texts of the log, one of which says that the weights begin, or have ended, to load.
         environment: what each server of it needs.
-        leaves: files that it maps and never removes, as patterns of fnmatch; they go when it is stopped.
+        leaves: files that it maps and never removes, as patterns of glob; they go when it is stopped.
         development: environment that opens the endpoints for development.
         reload: loads the weights from the model's folder again, given a function that sends a POST to a path, and
             that folder.
@@ -218,8 +218,9 @@ SGLANG = Engine(
     # Of 0.5.14: it refuses its flags where this port, which is its own plus 10000 unless told, is above 65535, also
     # though it serves no gRPC. A port that the kernel chooses is so in one case of six.
     environment={"SGLANG_GRPC_PORT": "1"},
-    # Its scheduler's load, for its frontend: a file of its own at each start.
-    leaves=("/dev/shm/sglang_loads_*",),
+    # Its scheduler's load, for its frontend, and a semaphore of Python's multiprocessing, whose resource tracker it
+    # kills with the rest of itself: a file of each at every start.
+    leaves=("/dev/shm/sglang_loads_*", "/dev/shm/sem.mp-*"),
     reload=reload_sglang,
 )
 

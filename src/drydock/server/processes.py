@@ -12,7 +12,6 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
@@ -200,13 +199,25 @@ def sockets(pids: Iterable[int]) -> set[int]:
 
 
 def mapped(pids: Iterable[int], patterns: Sequence[str]) -> set[Path]:
-    """Files that these processes have mapped and that one of the patterns is for."""
-    found = set()
+    """Files that these processes have mapped and that one of the patterns (glob's) is for.
+
+    By their inodes too: glibc's sem_open maps a new semaphore under a name that is no more, and links it to its own.
+    """
+    paths: set[str] = set()
+    inodes: set[tuple[str, int]] = set()
     for pid in pids if patterns else ():
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-                path = line.split(maxsplit=5)[5:]
-                found |= {Path(each) for each in path if any(fnmatch(each, like) for like in patterns)}
+                _, _, _, device, inode, *name = line.split(maxsplit=5)
+                paths |= set(name)
+                inodes.add((device, int(inode)))
+    found = set()
+    for path in (path for pattern in patterns for path in Path("/").glob(pattern.removeprefix("/"))):
+        with contextlib.suppress(OSError):
+            seen = path.stat()
+            device = f"{os.major(seen.st_dev):02x}:{os.minor(seen.st_dev):02x}"
+            if str(path) in paths or (device, seen.st_ino) in inodes:
+                found.add(path)
     return found
 
 
