@@ -262,9 +262,17 @@ def _write_tier(writer: _Writer, header: str, tiers: Sequence[Document], current
 
 def _about(runs: Sequence[Document]) -> str:
     days = sorted({run["began"][:10] for run in runs})
-    devices = sorted({f"{run['device']['cpu']}, {run['device']['cores']} cores" for run in runs})
+    devices = sorted({_device(run["device"]) for run in runs})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     return f"# {len(runs)} runs, {when}, {' and '.join(devices)}; beside each entry their median ± MAD"
+
+
+def _device(device: Mapping[str, Any]) -> str:
+    """A machine's accelerators and its cores, in words."""
+    found = device.get("gpus") or device.get("npus") or []
+    kinds = sorted({each["name"] for each in found})
+    counted = [f"{sum(each['name'] == kind for each in found)} x {kind}" for kind in kinds]
+    return ", ".join([*counted, device["cpu"], f"{device['cores']} cores"])
 
 
 def _clocked(run: Document) -> float:

@@ -242,6 +242,23 @@ def store(folder: Path, *reports: dict[str, Any]) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("devices", "named"),
+    [
+        ({"gpus": []}, "A CPU, 2 cores"),
+        ({"gpus": [{"name": "NVIDIA H100"}]}, "1 x NVIDIA H100, A CPU, 2 cores"),
+        ({"npus": [{"name": "910B3"}, {"name": "910B3"}]}, "2 x 910B3, A CPU, 2 cores"),
+    ],
+)
+def test_a_table_names_the_accelerators_that_it_was_measured_on(
+    tmp_path: Path, devices: dict[str, Any], named: str
+) -> None:
+    here = {"device": {"kind": "any", "cpu": "A CPU", "cores": 2, **devices}}
+    runs = read_runs([store(tmp_path / "runs", *(report(number) | here for number in range(3)))])
+    first = propose(runs, tmp_path / "budgets.toml", None).text.splitlines()[0]
+    assert first == f"# 3 runs, 2026-11-20 to 2026-11-22, {named}; beside each entry their median ± MAD"
+
+
 def test_a_first_table(tmp_path: Path) -> None:
     runs = read_runs([store(tmp_path / "runs", *(report(number) for number in range(3)))])
     table = propose(runs, tmp_path / "budgets.toml", None)

@@ -44,29 +44,34 @@ def test_the_row_of_a_run_is_its_documents(path: Path) -> None:
 
 
 def test_the_figures_of_the_eplb_table_are_the_documents() -> None:
-    run = read(RUNS / "2026-11-27-eplb-2xh100-failed.json")
     rows = {}
     for line in PAGE.splitlines():
-        if found := re.match(r"\| (sync|async) \| (\d) \|(.*)\|$", line):
-            rows[f"{found[1]}-{found[2]}"] = [cell.strip() for cell in found[3].split("|")]
-    assert len(rows) == 4
-    for _, test in run.tests:
+        if found := re.match(r"\| (?:vLLM, (sync|async)|SGLang) \| (\d) \|(.*)\|$", line):
+            key = f"{found[1]}-{found[2]}" if found[1] else found[2]
+            rows[key] = [cell.strip() for cell in found[3].split("|")]
+    assert len(rows) == 6
+    names = ("2026-11-27-eplb-2xh100-2-failed", "2026-11-27-sglang-eplb-2xh100")
+    seen = set()
+    for _, test in [each for name in names for each in read(RUNS / f"{name}.json").tests]:
         if found := re.search(r"keeps_the_answers\[(.*)\]", test.id):
+            seen.add(found[1])
             records = test.records
             loads = records["expert_load"]
             before, after = (re.search(rf"([\d.]+) {when}", loads["title"]) for when in ("before", "after"))
             assert before
             assert after
-            longest = records["longest wait for a token, seconds"]["with"]
+            longest = records["longest wait for a token, seconds"]
             equal = records["equal to the server without EPLB"]
             assert rows[found[1]] == [
                 str(records["rearrangements"]),
                 before[1],
                 after[1],
-                f"{longest:.2f} s",
+                f"{longest['with']:.2f} s",
+                f"{longest['while experts moved']:.2f} s",
                 f"{equal:.0%}",
                 f"{test.seconds:.0f}",
             ]
+    assert seen == rows.keys()
 
 
 def test_the_matrix_is_what_locks_and_runs_say() -> None:
