@@ -19,11 +19,6 @@ CACHE = 8 << 30
 """Bytes of the KV cache: what must come back, at least."""
 
 
-def free() -> int:
-    """Bytes of the first accelerator that nobody holds."""
-    return device_here().free_bytes()
-
-
 @pytest.mark.lacks("trtllm", "trtllm-serve keeps its memory: verl has a server under Ray give it back")
 @pytest.mark.full("a tiny model on a CPU has no memory to give back")
 @pytest.mark.needs(gpus=1)
@@ -36,30 +31,39 @@ def test_memory_comes_back_and_so_does_the_server(
     numbers = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     flags = words.sleep_flags(CACHE, numbers * getattr(torch, kind.dtype).itemsize)
     prompt = random_prompt(20, seed=900)
+    seen: dict[str, int] = {}
+
+    def free(when: str) -> int:
+        """Bytes of the first accelerator that nobody holds; what it was each time is recorded."""
+        seen[when] = device_here().free_bytes()
+        record("free_bytes", dict(seen))
+        return seen[when]
+
     # Before the server, so that what this process takes of the accelerator is not counted as the server's.
-    free()
+    free("before")
     with launch.server(folder, kind, results / f"{engine}-sleep.log", *flags) as server:
 
         def answer() -> Any:
             return generate(server, prompt, profile["new_tokens"])
 
-        awake, first = free(), answer()
+        awake, first = free("awake"), answer()
         words.sleep(server, forget=False)
-        record("given_back_bytes", free() - awake)
+        given_back = free("asleep") - awake
+        record("given_back_bytes", given_back)
         # Not all of it: SGLang gave 32 MiB less back. What an engine takes for its first answer and its first sleep it
         # may keep, but not each time: the second sleep is held to all.
-        assert free() - awake >= 0.99 * CACHE
+        assert given_back >= 0.99 * CACHE
         words.wake(server)
         assert answer() == first
-        awake = free()
 
         # A trainer that shares the accelerator sends new weights, before the cache comes back.
+        awake = free("awake again")
         words.sleep(server, forget=True)
-        asleep = free()
+        asleep = free("asleep again")
         assert asleep - awake >= CACHE
         words.wake(server, "weights")
         server.reload_weights()
-        assert asleep - free() < CACHE, "the cache came back with the weights"
+        assert asleep - free("with weights") < CACHE, "the cache came back with the weights"
         words.wake(server, "cache")
         assert answer() == first
-        assert asleep - free() >= CACHE, "it answers without a cache?"
+        assert asleep - free("with all") >= CACHE, "it answers without a cache?"
