@@ -48,6 +48,7 @@ from drydock.locks import (
     PyLock,
     check_debian_lock,
     check_pylock,
+    own_definition,
     read_debian_lock,
     read_pylock,
     sha256_json,
@@ -409,7 +410,7 @@ def lock_files(image: Image) -> dict[str, Path]:
 def carried(image: Image) -> dict[str, bytes]:
     """What an image carries of what it was made of: its own part of the definition, and its locks."""
     files = {name: path.read_bytes() for name, path in lock_files(image).items()}
-    return {"image.toml": image.own_definition(), **files}
+    return {"image.toml": own_definition(image), **files}
 
 
 def _manifest_spec(image: Image, specs: list[Spec]) -> Spec:

@@ -17,18 +17,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from drydock.build import lock_files
-from drydock.definition import (
-    MACHINES,
-    Image,
-    Model,
-    debian_lock_path,
-    image_names,
-    own_part,
-    read_toml,
-)
+from drydock.definition import MACHINES, Image, Model, debian_lock_path, image_names, read_toml
 from drydock.diff import text_at
 from drydock.docker_runtime import SHARED_MEMORY
 from drydock.errors import DrydockError
+from drydock.locks import own_definition, own_part
 from drydock.matrix import table
 from drydock.plan import ASSEMBLER, LIBRARIES
 from drydock.publish import VARIABLE, registries
@@ -237,7 +230,7 @@ def _redefined(image: Image, base: str, path: str) -> bool:
         before = own_part(tomllib.loads(text_at(image.root, base, path)), image.engine_name)
     except (DrydockError, tomllib.TOMLDecodeError, KeyError):
         return True
-    return before != image.own_definition()
+    return before != own_definition(image)
 
 
 def _images(root: Path) -> list[Image]:

@@ -7,9 +7,8 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-import tomli_w
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
@@ -274,10 +273,6 @@ class Image:
         definition = self.definition_path.name
         return self.root / base_lock(definition, self.definition.hardware, self.engine_name, self.variant)
 
-    def own_definition(self) -> bytes:
-        """What of its definition's file is its own, as `own_part` writes it."""
-        return own_part(tomllib.loads(self.definition_path.read_text()), self.engine_name)
-
     @property
     def unread(self) -> bool:
         """Whether it stands on a vendor's image that nobody has read from a registry yet; without that it can be
@@ -437,19 +432,6 @@ def read_definition(path: Path) -> Definition:
                     f"{path}: {key}.{name}: write the normalized name {canonicalize_name(name)!r}"
                 )
     return definition
-
-
-def own_part(definition: dict[str, Any], engine: str) -> bytes:
-    """One engine's part of a definition, as TOML in one spelling: what an image carries.
-
-    Without the other engines, so that no image is another when only its neighbour changed; and without comments and
-    layout, which make none another either.
-
-    Parameters:
-        definition: the parsed file.
-    """
-    own = {**definition, "default-engine": engine, "engine": {engine: definition["engine"][engine]}}
-    return tomli_w.dumps(own).encode()
 
 
 def image_names(root: Path) -> list[str]:

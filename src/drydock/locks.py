@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -332,6 +332,24 @@ def read_sealed(path: Path, model: type[BaseModel], remedy: str) -> Any:
             f"{path} was edited by hand (its content does not match its seal): change the definition and {remedy}"
         )
     return lock
+
+
+def own_part(definition: Mapping[str, Any], engine: str) -> bytes:
+    """One engine's part of a definition, as TOML in one spelling: what an image carries.
+
+    Without the other engines, so that no image is another when only its neighbour changed; and without comments and
+    layout, which make none another either.
+
+    Parameters:
+        definition: the parsed file.
+    """
+    own = {**definition, "default-engine": engine, "engine": {engine: definition["engine"][engine]}}
+    return tomli_w.dumps(own).encode()
+
+
+def own_definition(image: Image) -> bytes:
+    """What of its definition's file is an image's own."""
+    return own_part(tomllib.loads(image.definition_path.read_text()), image.engine_name)
 
 
 def read_pylock(image: Image) -> PyLock:
