@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import ctypes
 import io
@@ -13,7 +14,7 @@ import tarfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -246,6 +247,10 @@ class _Worker:
 
 
 _worker: _Worker | None = None
+_interruptible = False
+"""Whether a worker may be stopped where it is. Not while it holds a lock of a queue: an exception out of a signal's
+handler, between the lock's taking and the block that gives it back, leaves it taken, and all others wait for ever."""
+_stopping = False
 
 
 def _start_worker(store: Path, root: Path, name: str, told: Any, parent: int) -> None:
@@ -261,22 +266,50 @@ def _start_worker(store: Path, root: Path, name: str, told: Any, parent: int) ->
 
 def _stop_worker(*_: object) -> None:
     """Unwind, so that what is half written is removed, and take up nothing that is queued."""
-    global _worker
+    global _stopping
+    _stopping = True
     if _worker:
         _worker.kill()
-    _worker = None
-    raise SystemExit(128 + signal.SIGTERM)
+    _stop_here()
+
+
+def _stop_here() -> None:
+    if _stopping and _interruptible:
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _interrupted(may: bool) -> Iterator[None]:
+    """Whether a signal stops the worker in this block; one that came before stops it where that begins to be so."""
+    global _interruptible
+    before, _interruptible = _interruptible, may
+    try:
+        _stop_here()
+        yield
+    finally:
+        _interruptible = before
+    _stop_here()
+
+
+def _tell(worker: _Worker, what: str, title: str, amount: int) -> None:
+    with _interrupted(False):
+        worker.told.put((what, title, amount))
 
 
 def _make(spec: Spec) -> dict[str, Any]:
     """Make one layer in a worker process, unless another build made it meanwhile."""
+    with _interrupted(True):
+        return _make_layer(spec)
+
+
+def _make_layer(spec: Spec) -> dict[str, Any]:
     assert _worker
     worker = _worker
     with worker.store.lock(f"layer-{spec.key[:16]}"):
         found = _found(worker.store, spec)
         if found:
             return found
-        worker.told.put(("start", spec.title, 0))
+        _tell(worker, "start", spec.title, 0)
         installed: list[Installed] = []
         with open_layer(worker.store) as (layer, written):
             for artifact in spec.artifacts:
@@ -288,7 +321,7 @@ def _make(spec: Spec) -> dict[str, Any]:
                     installed.append(add_wheel(layer, worker.store, artifact, series, worker.compiling))
                 elif spec.kind == "stdlib":
                     _add_stdlib(layer, worker, artifact)
-                worker.told.put(("advance", spec.title, artifact.size))
+                _tell(worker, "advance", spec.title, artifact.size)
             if spec.kind == "venv":
                 vendor = worker.image.vendor
                 assert vendor
@@ -306,7 +339,7 @@ def _make(spec: Spec) -> dict[str, Any]:
             "facts": _put_facts(worker.store, written.rows, installed),
         }
         worker.store.write_record("layers", spec.key, record)
-        worker.told.put(("done", spec.title, 0))
+        _tell(worker, "done", spec.title, 0)
         return record
 
 
