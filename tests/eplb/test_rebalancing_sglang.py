@@ -26,7 +26,7 @@ from rebalancing import (
     record_answers,
     record_run,
 )
-from traffic import Reader, check_stall, complete_all, last_moves, settled, skewed_traffic
+from traffic import Reader, check_stall, complete_all, settled, skewed_traffic
 from trained_moe import TrainedMoe, most_lopsided_letters, skewed_problems, with_swapped_experts
 
 from drydock.server import SGLANG, Server, ServerError
@@ -148,7 +148,7 @@ def test_rearranging_evens_the_load_and_keeps_the_answers(
         seen = settled(ask)
         record_run(record, f"SGLang, {redundant} redundant experts", before, after, reader.gaps, profile)
         record("rearrangements", seen[0]["completed"])
-        during = reader.gaps_during(last_moves(rested, profile["rearrangements"]))
+        during = reader.gaps_during(move for report in rested for move in report["moves"])
         record_answers(record, given, plain, reader.gaps, during)
 
         check_served(seen, experts, completed=profile["rearrangements"], slack=slack)

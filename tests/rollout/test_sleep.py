@@ -50,9 +50,6 @@ def test_memory_comes_back_and_so_does_the_server(
         words.sleep(server, forget=False)
         given_back = free("asleep") - awake
         record("given_back_bytes", given_back)
-        # Not all of it: SGLang gave 32 MiB less back. What an engine takes for its first answer and its first sleep it
-        # may keep, but not each time: the second sleep is held to all.
-        assert given_back >= 0.99 * CACHE
         words.wake(server)
         assert answer() == first
 
@@ -60,6 +57,9 @@ def test_memory_comes_back_and_so_does_the_server(
         awake = free("awake again")
         words.sleep(server, forget=True)
         asleep = free("asleep again")
+        # After both are measured, which tells whether what is missing is taken once or each time: SGLang's first sleep
+        # gave 32 MiB less back.
+        assert given_back >= CACHE
         assert asleep - awake >= CACHE
         words.wake(server, "weights")
         server.reload_weights()
