@@ -105,6 +105,9 @@ class Speech(Protocol):
     def sleep_flags(self, cache: int, token: int) -> list[str]:
         """For a server that can sleep, whose cache has so many bytes; `token` is one token's."""
 
+    def flush(self, server: Server) -> None:
+        """Forget what is cached of prompts, as an engine that goes to sleep does."""
+
     def sleep(self, server: Server, *, forget: bool) -> None:
         """Give the accelerator's memory back; the weights stay in the host's memory or are forgotten."""
 
@@ -214,6 +217,9 @@ class VllmSpeech:
 
     def sleep_flags(self, cache: int, token: int) -> list[str]:  # noqa: ARG002, SGLang counts in tokens
         return ["--enable-sleep-mode", "--kv-cache-memory-bytes", str(cache)]
+
+    def flush(self, server: Server) -> None:
+        server.request("/reset_prefix_cache", {})
 
     def sleep(self, server: Server, *, forget: bool) -> None:
         assert not self._sleeping(server)
@@ -394,6 +400,9 @@ class SglangSpeech:
             str(cache // token),
         ]
 
+    def flush(self, server: Server) -> None:
+        server.request("/flush_cache?timeout=10", {})
+
     def sleep(self, server: Server, *, forget: bool) -> None:  # noqa: ARG002, see sleep_flags
         server.request("/release_memory_occupation", {})
 
@@ -536,6 +545,9 @@ class TrtllmSpeech:
 
     def sleep_flags(self, cache: int, token: int) -> list[str]:
         raise NotImplementedError("trtllm-serve keeps its memory")
+
+    def flush(self, server: Server) -> None:
+        raise NotImplementedError("asked of an engine that sleeps")
 
     def sleep(self, server: Server, *, forget: bool) -> None:
         raise NotImplementedError("trtllm-serve keeps its memory")

@@ -1,7 +1,8 @@
 """Writes down what the trainer sends to the rollout engine at each weight update, and what the engine then holds.
 
 verl imports this in each of its processes (VERL_USE_EXTERNAL_MODULES): the trainer's worker, and vLLM's, whose
-extension is verl's. Each tensor is one sha256 of its bytes, in the data type that the engine holds it in.
+extension is verl's. SGLang's scheduler has it from `sglang_sync`. Each tensor is one sha256 of its bytes, in the data
+type that the engine holds it in.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 FOLDER = "DRYDOCK_SYNC_PROBE"
 """Variable: where the documents go, a line of JSON an update in `sent-<pid>.jsonl` and `held-<pid>.jsonl`."""
 DTYPES = ("float32", "bfloat16")
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+"""SGLang's layers, as the `load_weights` of its Qwen3 has them; vLLM's models say it themselves."""
 
 
 def digest(tensor: Any) -> str:
@@ -36,36 +39,49 @@ def write(kind: str, document: dict[str, Any]) -> None:
         file.write(json.dumps(document) + "\n")
 
 
+async def noting(weights: Any, sent: dict[str, dict[str, str]]) -> AsyncIterator[tuple[str, Any]]:
+    """Passes the weights on, and notes each."""
+    import torch
+    from verl.workers.rollout.utils import ensure_async_iterator
+
+    async for name, tensor in ensure_async_iterator(weights):
+        sent[name] = {dtype: digest(tensor.to(getattr(torch, dtype))) for dtype in DTYPES}
+        yield name, tensor
+
+
 def watch_sender(module: ModuleType) -> None:
     """verl.workers.rollout.vllm_rollout.bucketed_weight_transfer, in the trainer."""
     send = module.BucketedWeightSender.async_send_weights
 
     async def watched(self: Any, weights: Any) -> None:
-        import torch
-        from verl.workers.rollout.utils import ensure_async_iterator
-
         sent: dict[str, dict[str, str]] = {}
-
-        async def seen() -> AsyncIterator[tuple[str, Any]]:
-            async for name, tensor in ensure_async_iterator(weights):
-                sent[name] = {dtype: digest(tensor.to(getattr(torch, dtype))) for dtype in DTYPES}
-                yield name, tensor
-
-        await send(self, seen())
+        await send(self, noting(weights, sent))
         write("sent", sent)
 
     module.BucketedWeightSender.async_send_weights = watched
 
 
+def watch_sglang_sender(module: ModuleType) -> None:
+    """verl.workers.rollout.sglang_rollout.sglang_rollout, in the trainer."""
+    send = module.ServerAdapter.update_weights
+
+    async def watched(self: Any, weights: Any, *arguments: Any, **options: Any) -> None:
+        sent: dict[str, dict[str, str]] = {}
+        await send(self, noting(weights, sent), *arguments, **options)
+        write("sent", sent)
+
+    module.ServerAdapter.update_weights = watched
+
+
 def parts(model: Any) -> Iterator[tuple[str, Any]]:
-    """The engine's parameters under the names that the trainer has for them: what vLLM fuses is cut apart."""
-    fused = getattr(model, "packed_modules_mapping", {})
+    """The engine's parameters under the names that the trainer has for them: what it fuses is cut apart."""
+    fused = getattr(model, "packed_modules_mapping", FUSED)
     layers = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner, _, field = name.rpartition(".")
         parent, _, last = owner.rpartition(".")
         if last not in fused:
-            # vLLM pads the vocabulary to a multiple of 64.
+            # Both engines pad the vocabulary to a multiple of 64.
             words = getattr(layers[owner], "org_vocab_size", None)
             yield name, parameter if words is None else parameter[:words]
             continue
@@ -74,38 +90,56 @@ def parts(model: Any) -> Iterator[tuple[str, Any]]:
             yield f"{parent}.{own}.{field}", piece
 
 
+def note_held(model: Any) -> None:
+    """Writes what the engine holds after an update, and what would be read if one tensor were another."""
+    import torch
+
+    def held() -> dict[str, list[str]]:
+        return {name: [str(each.dtype).removeprefix("torch."), digest(each)] for name, each in parts(model)}
+
+    document: dict[str, Any] = {"held": held()}
+    # A fault for the reader to find: one element of one tensor, put back at once.
+    _, victim = next(iter(model.named_parameters()))
+    first = victim.data.view(-1)[:1]
+    kept = first.clone()
+    first.copy_(torch.where(kept == 0, torch.ones_like(kept), -kept))
+    document["spoiled"] = held()
+    first.copy_(kept)
+    document["again"] = held()
+    write("held", document)
+
+
 def watch_receiver(module: ModuleType) -> None:
     """verl.workers.rollout.vllm_rollout.utils, in vLLM's worker."""
     extension = module.vLLMColocateWorkerExtension
     update = extension.update_weights_from_ipc
 
-    def held(worker: Any) -> dict[str, list[str]]:
-        found = {}
-        for name, tensor in parts(worker.model_runner.model):
-            found[name] = [str(tensor.dtype).removeprefix("torch."), digest(tensor)]
-        return found
-
     def watched(self: Any, *arguments: Any, **options: Any) -> None:
-        import torch
-
         update(self, *arguments, **options)
-        document: dict[str, Any] = {"held": held(self)}
-        # A fault for the reader to find: one element of one tensor, put back at once.
-        _, victim = next(iter(self.model_runner.model.named_parameters()))
-        first = victim.data.view(-1)[:1]
-        kept = first.clone()
-        first.copy_(torch.where(kept == 0, torch.ones_like(kept), -kept))
-        document["spoiled"] = held(self)
-        first.copy_(kept)
-        document["again"] = held(self)
-        write("held", document)
+        note_held(self.model_runner.model)
 
     extension.update_weights_from_ipc = watched
+
+
+def watch_sglang(module: ModuleType) -> None:
+    """sglang.srt.model_executor.model_runner, in SGLang's scheduler.
+
+    verl sends a model in several buckets where it is larger than one; then there are more documents than updates.
+    """
+    update = module.ModelRunner.update_weights_from_tensor
+
+    def watched(self: Any, *arguments: Any, **options: Any) -> Any:
+        answer = update(self, *arguments, **options)
+        note_held(self.model)
+        return answer
+
+    module.ModelRunner.update_weights_from_tensor = watched
 
 
 WATCHED: dict[str, Callable[[ModuleType], None]] = {
     "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer": watch_sender,
     "verl.workers.rollout.vllm_rollout.utils": watch_receiver,
+    "verl.workers.rollout.sglang_rollout.sglang_rollout": watch_sglang_sender,
 }
 
 
