@@ -547,7 +547,7 @@ class TrtllmSpeech:
         raise NotImplementedError("trtllm-serve keeps its memory")
 
     def flush(self, server: Server) -> None:
-        raise NotImplementedError("asked of an engine that sleeps")
+        raise NotImplementedError("trtllm-serve keeps its memory")
 
     def sleep(self, server: Server, *, forget: bool) -> None:
         raise NotImplementedError("trtllm-serve keeps its memory")

@@ -207,7 +207,7 @@ def test_main_ppo_learns(
     assert mean(rewards[-3:]) > threshold
 
     if engine == "trtllm":
-        # The probe knows its names no more than its processes: the gap above says that it has the trainer's weights.
+        # The probe knows neither its processes nor its names; that it has the trainer's weights the gap above says.
         record("weight updates", {"compared tensor by tensor": 0})
     else:
         check_updates(synced, profile["main_ppo_steps"], record)
