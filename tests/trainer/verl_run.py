@@ -59,7 +59,7 @@ def overrides(
     model: Path, data: Path, output: Path, problems: int, profile: Mapping[str, Any], engine: str
 ) -> list[str]:
     """verl's configuration of the run: GRPO on one GPU, one batch of all problems a step."""
-    samples, steps = profile["samples"], profile["main_ppo_steps"]
+    samples, steps = profile["main_ppo_samples"], profile["main_ppo_steps"]
     values = {
         "algorithm.adv_estimator": "grpo",
         "data.train_files": data,
