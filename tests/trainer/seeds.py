@@ -9,7 +9,7 @@ It prints, for each number of samples, the mean reward over the last three of 16
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -91,4 +91,6 @@ def main(numbers: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(number) for number in sys.argv[1:]])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("samples", type=int, nargs="+", help="completions of each problem, two at least")
+    main(parser.parse_args().samples)
