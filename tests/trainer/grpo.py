@@ -37,6 +37,17 @@ class Rollouts:
     rewards: torch.Tensor  # (problems * samples,)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What the policy in the server wrote to a prompt."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    text: str
+    finished: bool
+    """Whether it ended the text itself."""
+
+
 class Learner:
     """The model where it is trained, and its tokenizer, from a folder as transformers saves them."""
 
@@ -55,16 +66,24 @@ class Learner:
         logits = self.model(input_ids=tokens).logits[:, prompts.shape[1] - 1 : -1]
         return torch.log_softmax(logits, dim=-1).gather(-1, responses[..., None])[..., 0]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """What the policy in the server wrote to a prompt."""
-
-    tokens: list[int]
-    log_probs: list[float]
-    text: str
-    finished: bool
-    """Whether it ended the text itself."""
+    def judged(
+        self, chosen: Sequence[Problem], samples: int, completions: Sequence[Completion], longest: int
+    ) -> Rollouts:
+        """Completions, `samples` of each problem one after another, with what they earn; `longest` tokens at most."""
+        group = np.repeat(np.arange(len(chosen)), samples)
+        shape = (len(completions), longest)
+        responses, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+        log_probs, rewards = torch.zeros(shape), torch.zeros(len(completions))
+        for row, found in enumerate(completions):
+            length = len(found.tokens)
+            responses[row, :length] = torch.tensor(found.tokens)
+            mask[row, :length] = 1
+            log_probs[row, :length] = torch.tensor(found.log_probs)
+            rewards[row] = reward(chosen[group[row]], found.text, found.finished)
+        return Rollouts(
+            group=group, prompts=self.encode([chosen[index].prompt for index in group]),
+            responses=responses, mask=mask, log_probs=log_probs, rewards=rewards,
+        )  # fmt: skip
 
 
 class Policy(Learner, ABC):
@@ -107,20 +126,7 @@ class Policy(Learner, ABC):
 
         with ThreadPoolExecutor(8) as pool:
             completions = [each for group in pool.map(ask, range(len(chosen))) for each in group]
-        group = np.repeat(np.arange(len(chosen)), samples)
-        shape = (len(completions), self.longest)
-        responses, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
-        log_probs, rewards = torch.zeros(shape), torch.zeros(len(completions))
-        for row, found in enumerate(completions):
-            length = len(found.tokens)
-            responses[row, :length] = torch.tensor(found.tokens)
-            mask[row, :length] = 1
-            log_probs[row, :length] = torch.tensor(found.log_probs)
-            rewards[row] = reward(chosen[group[row]], found.text, found.finished)
-        return Rollouts(
-            group=group, prompts=self.encode([chosen[index].prompt for index in group]),
-            responses=responses, mask=mask, log_probs=log_probs, rewards=rewards,
-        )  # fmt: skip
+        return self.judged(chosen, samples, completions, self.longest)
 
 
 def warm_up(learner: Learner, known: Sequence[Problem], steps: int, seed: int) -> None:

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-import numpy as np
 import torch
 import verl_run
-from arithmetic import Problem, problems, reward
-from grpo import END, Learner, Rollouts, Trainer
+from arithmetic import Problem, best_constant, problems
+from grpo import END, Completion, Learner, Rollouts, Trainer
 
 from drydock.tiers.profiles import read_profile
 
@@ -37,40 +35,30 @@ class Alone(Learner):
     def rollouts(self, chosen: Sequence[Problem], samples: int, seed: int) -> Rollouts:
         """`samples` completions of each problem at temperature 1."""
         draw = torch.Generator().manual_seed(seed)
-        group = np.repeat(np.arange(len(chosen)), samples)
-        prompts = self.encode([chosen[index].prompt for index in group])
-        shape = (len(group), verl_run.LONGEST)
-        responses, mask, log_probs = (
-            torch.zeros(shape, dtype=torch.long),
-            torch.zeros(shape),
-            torch.zeros(shape),
-        )
-        rewards = torch.zeros(len(group))
-        tokens, writes = prompts, torch.ones(len(group), dtype=torch.bool)
-        for place in range(verl_run.LONGEST):
+        tokens = self.encode([problem.prompt for problem in chosen for _ in range(samples)])
+        prompt, log_probs = tokens.shape[1], torch.zeros(len(tokens), 0)
+        for _ in range(verl_run.LONGEST):
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 rows = torch.log_softmax(self.model(input_ids=tokens).logits[:, -1].float(), dim=-1)
             drawn = torch.multinomial(rows.exp(), 1, generator=draw)
-            responses[writes, place] = drawn[writes, 0]
-            log_probs[writes, place] = rows.gather(1, drawn)[writes, 0]
-            mask[writes, place] = 1
-            writes = writes & (drawn[:, 0] != END)
             tokens = torch.cat([tokens, drawn], dim=1)
-        for row, length in enumerate(mask.sum(dim=1).long().tolist()):
-            written = responses[row, :length]
-            text = self.tokenizer.decode(written, skip_special_tokens=True)
-            rewards[row] = reward(chosen[group[row]], text, bool(written[-1] == END))
-        return Rollouts(
-            group=group, prompts=prompts, responses=responses, mask=mask, log_probs=log_probs, rewards=rewards,
-        )  # fmt: skip
+            log_probs = torch.cat([log_probs, rows.gather(1, drawn)], dim=1)
+        completions = []
+        for written, of_each in zip(tokens[:, prompt:].tolist(), log_probs.tolist(), strict=True):
+            finished = END in written
+            length = written.index(END) + 1 if finished else len(written)
+            text = self.tokenizer.decode(written[:length], skip_special_tokens=True)
+            completions.append(
+                Completion(tokens=written[:length], log_probs=of_each[:length], text=text, finished=finished)
+            )
+        return self.judged(chosen, samples, completions, verl_run.LONGEST)
 
 
 def main(numbers: Sequence[int]) -> None:
     torch.set_num_threads(1)
     profile = read_profile(Path(__file__).with_name("profile.toml"), "full")
     known = problems(profile["main_ppo_operands"])
-    constant = max(Counter(problem.answer for problem in known).values()) / len(known)
-    threshold = constant + profile["margin"]
+    threshold = best_constant(known) + profile["margin"]
     with tempfile.TemporaryDirectory() as folder:
         model = verl_run.make_model(Path(folder), known, profile["warm_up_steps"])
         for samples in numbers:

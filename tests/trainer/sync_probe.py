@@ -49,28 +49,15 @@ async def noting(weights: Any, sent: dict[str, dict[str, str]]) -> AsyncIterator
         yield name, tensor
 
 
-def watch_sender(module: ModuleType) -> None:
-    """verl.workers.rollout.vllm_rollout.bucketed_weight_transfer, in the trainer."""
-    send = module.BucketedWeightSender.async_send_weights
-
-    async def watched(self: Any, weights: Any) -> None:
-        sent: dict[str, dict[str, str]] = {}
-        await send(self, noting(weights, sent))
-        write("sent", sent)
-
-    module.BucketedWeightSender.async_send_weights = watched
-
-
-def watch_sglang_sender(module: ModuleType) -> None:
-    """verl.workers.rollout.sglang_rollout.sglang_rollout, in the trainer."""
-    send = module.ServerAdapter.update_weights
+def noting_sent(send: Callable[..., Any]) -> Callable[..., Any]:
+    """A sender's method, whose first argument is the weights, in the trainer."""
 
     async def watched(self: Any, weights: Any, *arguments: Any, **options: Any) -> None:
         sent: dict[str, dict[str, str]] = {}
         await send(self, noting(weights, sent), *arguments, **options)
         write("sent", sent)
 
-    module.ServerAdapter.update_weights = watched
+    return watched
 
 
 def parts(model: Any) -> Iterator[tuple[str, Any]]:
@@ -109,36 +96,39 @@ def note_held(model: Any) -> None:
     write("held", document)
 
 
-def watch_receiver(module: ModuleType) -> None:
-    """verl.workers.rollout.vllm_rollout.utils, in vLLM's worker."""
-    extension = module.vLLMColocateWorkerExtension
-    update = extension.update_weights_from_ipc
+def noting_held(update: Callable[..., Any], model_of: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A receiver's method, in the engine; `model_of` its object is the model.
 
-    def watched(self: Any, *arguments: Any, **options: Any) -> None:
-        update(self, *arguments, **options)
-        note_held(self.model_runner.model)
-
-    extension.update_weights_from_ipc = watched
-
-
-def watch_sglang(module: ModuleType) -> None:
-    """sglang.srt.model_executor.model_runner, in SGLang's scheduler.
-
-    verl sends a model in several buckets where it is larger than one; then there are more documents than updates.
+    verl sends a model to SGLang in several buckets where it is larger than one; then there are more documents than
+    updates.
     """
-    update = module.ModelRunner.update_weights_from_tensor
 
     def watched(self: Any, *arguments: Any, **options: Any) -> Any:
         answer = update(self, *arguments, **options)
-        note_held(self.model)
+        note_held(model_of(self))
         return answer
 
-    module.ModelRunner.update_weights_from_tensor = watched
+    return watched
+
+
+def watch_vllm_sender(module: ModuleType) -> None:
+    sender = module.BucketedWeightSender
+    sender.async_send_weights = noting_sent(sender.async_send_weights)
+
+
+def watch_vllm(module: ModuleType) -> None:
+    extension = module.vLLMColocateWorkerExtension
+    update = extension.update_weights_from_ipc
+    extension.update_weights_from_ipc = noting_held(update, lambda worker: worker.model_runner.model)
+
+
+def watch_sglang_sender(module: ModuleType) -> None:
+    module.ServerAdapter.update_weights = noting_sent(module.ServerAdapter.update_weights)
 
 
 WATCHED: dict[str, Callable[[ModuleType], None]] = {
-    "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer": watch_sender,
-    "verl.workers.rollout.vllm_rollout.utils": watch_receiver,
+    "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer": watch_vllm_sender,
+    "verl.workers.rollout.vllm_rollout.utils": watch_vllm,
     "verl.workers.rollout.sglang_rollout.sglang_rollout": watch_sglang_sender,
 }
 

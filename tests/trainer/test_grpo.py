@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from arithmetic import CHANCE, Problem, problems
+from arithmetic import CHANCE, Problem, best_constant, problems
 from grpo import Policy, Step, Trainer, warm_up
 
 from tiny_models import make_qwen3
@@ -64,9 +63,8 @@ def start(policy: Policy, profile: Mapping[str, Any]) -> Start:
     untrained = exam(policy, known, profile)
     warm_up(policy, known, steps=profile["warm_up_steps"], seed=0)
     policy.push()
-    answers = Counter(problem.answer for problem in known)
     return Start(
-        known=known, constant=max(answers.values()) / len(known), untrained=untrained,
+        known=known, constant=best_constant(known), untrained=untrained,
         warmed=exam(policy, known, profile), weights=copy.deepcopy(policy.model.state_dict()),
     )  # fmt: skip
 

@@ -3,7 +3,9 @@
 # contract: sglang
 from __future__ import annotations
 
-import sync_probe
-from sglang.srt.model_executor import model_runner
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sync_probe import noting_held
 
-sync_probe.watch_sglang(model_runner)
+ModelRunner.update_weights_from_tensor = noting_held(
+    ModelRunner.update_weights_from_tensor, lambda runner: runner.model
+)
