@@ -30,6 +30,7 @@ from mini_image import (
     environment,
     rewrite,
     twin,
+    wait_until,
 )
 
 sys.path.insert(0, str(REPOSITORY / "tests/unit"))
@@ -39,6 +40,7 @@ from debian_registry import debian_registry
 from drydock.publish import push
 from drydock.published import write_record
 from drydock.registry import Registry
+from drydock.session import SETTLE
 from drydock.store import Store
 from drydock.unpack import folder, unpack
 
@@ -304,37 +306,54 @@ def test_a_tier_in_docker_has_a_container_that_was_made_while_the_one_before_ran
     session: Session, tiny: Made
 ) -> None:
     engine = docker_engine()
-    told = PASSING + "    import os\n    assert ('DRYDOCK_TOLD' in os.environ) is {}\n"
-    session.write("rollout", PASSING + "    import time\n    time.sleep(8)\n")
-    session.write("trainer", told.format(True))
-    # The trainer's was over before one was made for this.
-    session.write("eplb", told.format(False))
+    # Where it was told its command, the container was made before.
+    tells = "import os\nfrom pathlib import Path\n\n" + PASSING
+    tells += "    text = str('DRYDOCK_TOLD' in os.environ)\n"
+    tells += "    (Path(os.environ['DRYDOCK_RESULTS']) / 'told-{}').write_text(text)\n"
+    session.write("rollout", PASSING + f"    import time\n    time.sleep({SETTLE + 3})\n")
+    session.write("trainer", tells.format("trainer"))
+    session.write("eplb", tells.format("eplb"))
     try:
         outcome = session.run("--runtime", "docker")
         assert outcome.status == 0, outcome.stderr + outcome.stdout
         report = session.report()
         assert [tier["outcome"] for tier in report["tiers"]] == ["passed"] * 3
+        steps = {step["name"]: step["seconds"] for step in report["steps"]}
+        assert (session.results / "told-trainer").read_text() == "True"
         # Since it was told to begin, not since it stood there.
-        assert report["tiers"][1]["seconds"] < 3
+        assert report["tiers"][1]["seconds"] < steps["trainer"]
+        # The trainer's was over before one was made for this, unless the machine was very busy.
+        assert (session.results / "told-eplb").read_text() == str(steps["trainer"] > SETTLE)
         assert report["overhead_seconds"] > 0
         assert not mounted(engine, session)
     finally:
         engine.images.remove(tiny.built.reference, force=True)
 
 
-def test_what_was_made_ahead_in_docker_goes_when_the_session_is_ended(session: Session, tiny: Made) -> None:
+@pytest.mark.parametrize("during", ["verification", "rollout"])
+def test_what_was_made_ahead_in_docker_goes_when_the_session_is_ended(
+    session: Session, tiny: Made, during: str
+) -> None:
     engine = docker_engine()
-    session.write("rollout", "import time\n\ndef test_it(profile):\n    time.sleep(60)\n")
+    began = "(Path(os.environ['DRYDOCK_RESULTS']) / 'began').touch()"
+    session.write(
+        "rollout",
+        f"import os, time\nfrom pathlib import Path\n\ndef test_it(profile):\n    {began}\n    time.sleep(120)\n",
+    )
+    runs = session.results.parent
     process = subprocess.Popen(session.command("--runtime", "docker"), **session.surroundings)
     try:
-        deadline = time.monotonic() + 60
-        while len(mounted(engine, session)) < 2 and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert len(mounted(engine, session)) == 2, "one runs the tier, one is for the next"
+        if during == "rollout":
+            assert wait_until(lambda: list(runs.glob("*/began")), 60, 0.1)
+            # The verification's may not be removed yet, but runs no more.
+            assert wait_until(lambda: len(mounted(engine, session, "running")) == 2, 60, 0.1)
+        else:
+            assert wait_until(lambda: mounted(engine, session), 60, 0.1)
         process.terminate()
         assert process.wait(60) == 128 + 15
-        # Also where none of its containers ran just then, between the verification and the tier.
-        assert session.report()["detail"].startswith("interrupted")
+        report = session.report()
+        assert report["detail"].startswith("interrupted")
+        assert [tier["tier"] for tier in report["tiers"]] == ["rollout"] * (during == "rollout")
         assert not mounted(engine, session)
     finally:
         process.kill()
@@ -342,12 +361,13 @@ def test_what_was_made_ahead_in_docker_goes_when_the_session_is_ended(session: S
         engine.images.remove(tiny.built.reference, force=True)
 
 
-def mounted(engine: docker.DockerClient, session: Session) -> list[str]:
-    """Containers that have the session's checkout, whatever their state."""
+def mounted(engine: docker.DockerClient, session: Session, status: str = "") -> list[str]:
+    """Containers that have the session's checkout, of one state or of any."""
     return [
         str(container.id)
         for container in engine.containers.list(all=True, ignore_removed=True)
         if str(session.project.root) in {mount.get("Source") for mount in container.attrs["Mounts"]}
+        and status in ("", container.status)
     ]
 
 
