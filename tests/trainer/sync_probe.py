@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -111,26 +112,18 @@ def noting_held(update: Callable[..., Any], model_of: Callable[[Any], Any]) -> C
     return watched
 
 
-def watch_vllm_sender(module: ModuleType) -> None:
-    sender = module.BucketedWeightSender
-    sender.async_send_weights = noting_sent(sender.async_send_weights)
-
-
-def watch_vllm(module: ModuleType) -> None:
-    extension = module.vLLMColocateWorkerExtension
-    update = extension.update_weights_from_ipc
-    extension.update_weights_from_ipc = noting_held(update, lambda worker: worker.model_runner.model)
-
-
-def watch_sglang_sender(module: ModuleType) -> None:
-    module.ServerAdapter.update_weights = noting_sent(module.ServerAdapter.update_weights)
-
-
-WATCHED: dict[str, Callable[[ModuleType], None]] = {
-    "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer": watch_vllm_sender,
-    "verl.workers.rollout.vllm_rollout.utils": watch_vllm,
-    "verl.workers.rollout.sglang_rollout.sglang_rollout": watch_sglang_sender,
-}
+Noting = Callable[[Callable[..., Any]], Callable[..., Any]]
+WATCHED: dict[str, tuple[str, str, Noting]] = {
+    "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer": (
+        "BucketedWeightSender", "async_send_weights", noting_sent,
+    ),
+    "verl.workers.rollout.vllm_rollout.utils": (
+        "vLLMColocateWorkerExtension", "update_weights_from_ipc",
+        partial(noting_held, model_of=lambda worker: worker.model_runner.model),
+    ),
+    "verl.workers.rollout.sglang_rollout.sglang_rollout": ("ServerAdapter", "update_weights", noting_sent),
+}  # fmt: skip
+"""By its module: a class, its method, and what takes the method's place."""
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -150,7 +143,9 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            WATCHED[name](module)
+            owner, method, wrap = WATCHED[name]
+            watched = getattr(module, owner)
+            setattr(watched, method, wrap(getattr(watched, method)))
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
